@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Literal, TypeAlias, cast, get_args
 
 from sparse_attention.errors import ConfigError
@@ -76,6 +76,16 @@ class Thresholds:
     def phase(self, query_length: int) -> PhaseThreshold:
         """λ that a call with ``query_length`` query rows uses: decode is exactly one row."""
         return self.decode if query_length == 1 else self.prefill
+
+    def attributes(self) -> dict[str, float]:
+        """Flat, under the op's attribute names: ``prefill_threshold``, ``prefill_a`` ... ``decode_target``."""
+        return {f"{phase}_{name}": value for phase in PHASES for name, value in asdict(getattr(self, phase)).items()}
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, float]) -> Thresholds:
+        """The inverse of ``attributes``; other keys are ignored."""
+        names = tuple(field.name for field in fields(PhaseThreshold))
+        return cls(**{phase: PhaseThreshold(**{n: attributes[f"{phase}_{n}"] for n in names}) for phase in PHASES})
 
     @property
     def is_dense(self) -> bool:
