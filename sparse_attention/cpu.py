@@ -1,7 +1,7 @@
-"""The op on a CPU: tile row by tile row, so that no full score matrix exists and skipped tiles cost no softmax and no PV.
+"""The op on a CPU: tile row by tile row; no full score matrix exists, skipped tiles cost no softmax and no PV.
 
-Computes what `sparse_attention.reference` defines. For one tile row of one batch element the scores of all heads are one
-batched product; a maximum per tile decides; heads that skip something then gather their kept tiles only.
+Computes what `sparse_attention.reference` defines. For one tile row the scores of the heads that share keys are one
+product; a maximum per tile decides; heads that skip something then gather their kept tiles only.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from sparse_attention.reference import effective_threshold
 from sparse_attention.threshold import PhaseThreshold
 
 NEGATIVE_INFINITY = -math.inf
+_SCORES_AT_ONCE = 1 << 22
+"""Scores computed at once: 16 MiB bounds the memory; smaller pieces were slower (products too small to thread well)."""
 
 
 def block_skip_attention_cpu(
@@ -37,7 +39,7 @@ def block_skip_attention_cpu(
     window: int,
     unit: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, Hq, Sq, Dv]` in q's dtype and counts `[Hq, 2] int32`; arguments as in the op, one phase's threshold."""
+    """Output `[B, Hq, Sq, Dv]` in q's dtype and counts `[Hq, 2] int32`; arguments as in the op, for one phase."""
     batch, heads, rows, _ = q.shape
     columns = k.shape[2]
     group = heads // k.shape[1]
@@ -71,8 +73,8 @@ class _TileRow:
     """One batch element's keys and values, against which tile rows of queries are computed one after another."""
 
     def __init__(
-        self, k: Tensor, v: Tensor, sinks: Tensor | None, *, br: int, bc: int, group: int, is_causal: bool, scale: float,
-        softcap: float, window: int, length: int, start: int, log_threshold: float, joint: bool,
+        self, k: Tensor, v: Tensor, sinks: Tensor | None, *, br: int, bc: int, group: int, is_causal: bool,
+        scale: float, softcap: float, window: int, length: int, start: int, log_threshold: float, joint: bool,
     ) -> None:  # fmt: skip
         self.k, self.v, self.sinks = k, v, sinks
         self.br, self.bc, self.group = br, bc, group
@@ -85,12 +87,30 @@ class _TileRow:
         begin, end = self._columns(first, rows)
         if begin >= end:
             return None
-        scores = self._scores(q, first, begin, end, bias)
         fully_visible = bias is None and self._every_row_sees_every_tile(first, rows, begin, end)
-        keep = self._decide(scores, fully_visible, counts)
-        if keep is None:
-            return self._softmax_product(scores, self.v[:, begin:end], fully_visible)
-        return torch.stack([self._kept_product(scores, h, begin, end, keep[h], fully_visible) for h in range(len(keep))])
+        at_once = max(1, _SCORES_AT_ONCE // (self.group * rows * (end - begin)))
+        out = []
+        for kv_head in range(0, self.k.shape[0], at_once):
+            some = slice(kv_head, kv_head + at_once)
+            heads = slice(kv_head * self.group, (kv_head + at_once) * self.group)
+            k, v = self.k[some, begin:end], self.v[some, begin:end]
+            sinks = None if self.sinks is None else self.sinks[heads]
+            some_bias = bias[heads] if bias is not None and bias.shape[0] > 1 else bias
+            scores = self._scores(q[heads], k, first, begin, end, some_bias)
+            keep = self._decide(scores, fully_visible, counts[heads])
+            if keep is None:
+                out.append(_softmax_product(scores, v, sinks, fully_visible))
+                continue
+            for h, kept in enumerate(keep):
+                columns = self._columns_of(kept, end - begin)
+                sink = None if sinks is None else sinks[h : h + 1]
+                value = v[h // self.group].unsqueeze(0)
+                out.append(
+                    _softmax_product(
+                        _take(scores[h : h + 1], columns, -1), _take(value, columns, 1), sink, fully_visible
+                    )
+                )
+        return torch.cat(out)
 
     def _columns(self, first: int, rows: int) -> tuple[int, int]:
         """The columns some row can see by position, from a tile's border on."""
@@ -108,11 +128,11 @@ class _TileRow:
         oldest = first + rows - 1 + self.start - self.window  # the last column the last row no longer sees
         return causal and (not self.window or oldest < min(begin + self.bc, end) - 1)
 
-    def _scores(self, q: Tensor, first: int, begin: int, end: int, bias: Tensor | None) -> Tensor:
-        """Masked scores `[Hq, rows, end - begin]`; heads that share keys are rows of one product."""
+    def _scores(self, q: Tensor, k: Tensor, first: int, begin: int, end: int, bias: Tensor | None) -> Tensor:
+        """Masked scores `[heads, rows, end - begin]`; heads that share keys are rows of one product."""
         heads, rows, size = q.shape
-        keys = self.k[:, begin:end].transpose(-1, -2)
-        scores = torch.bmm((q * self.scale).reshape(-1, self.group * rows, size), keys).view(heads, rows, end - begin)
+        queries = (q * self.scale).reshape(-1, self.group * rows, size)
+        scores = torch.matmul(queries, k.transpose(-1, -2)).view(heads, rows, end - begin)
         if self.softcap:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         if bias is not None:
@@ -133,7 +153,7 @@ class _TileRow:
 
     def _decide(self, scores: Tensor, fully_visible: bool, counts: Tensor) -> list[list[int]] | None:
         """The kept tiles of each head, or None where every head keeps all."""
-        heads, rows, columns = scores.shape
+        columns = scores.shape[-1]
         tiles = -(-columns // self.bc)
         if fully_visible and self.log_threshold == NEGATIVE_INFINITY:
             counts[:, 1] += tiles
@@ -161,43 +181,34 @@ class _TileRow:
         counts[:, 0] += skipped.sum(-1)
         return [head.nonzero().flatten().tolist() for head in ~skipped]
 
-    def _kept_product(
-        self, scores: Tensor, head: int, begin: int, end: int, kept: list[int], fully_visible: bool
-    ) -> Tensor:
-        """One head's output `[rows, Dv]` from its kept tiles only."""
-        runs = _runs(kept)
-        spans = [(first * self.bc, min(last * self.bc, end - begin)) for first, last in runs]
-        values = self.v[head // self.group, begin:end]
-        if len(spans) == 1:
-            (first, last) = spans[0]
-            s, value = scores[head, :, first:last], values[first:last]
-        else:
-            s = torch.cat([scores[head, :, first:last] for first, last in spans], dim=-1)
-            value = torch.cat([values[first:last] for first, last in spans])
-        return self._softmax_product(s.unsqueeze(0), value.unsqueeze(0), fully_visible, head)[0]
+    def _columns_of(self, tiles: list[int], columns: int) -> list[slice]:
+        """The columns of the given tiles, neighbouring tiles joined into one slice."""
+        runs: list[list[int]] = []
+        for tile in tiles:
+            if runs and runs[-1][1] == tile:
+                runs[-1][1] = tile + 1
+            else:
+                runs.append([tile, tile + 1])
+        return [slice(first * self.bc, min(last * self.bc, columns)) for first, last in runs]
 
-    def _softmax_product(self, scores: Tensor, values: Tensor, fully_visible: bool, head: int | None = None) -> Tensor:
-        """softmax(scores) @ values, `[heads, rows, Dv]`; rows that see nothing give zeros."""
-        heads, rows, columns = scores.shape
-        if self.sinks is None:
-            weight = torch.softmax(scores, dim=-1)
-        else:
-            sinks = self.sinks if head is None else self.sinks[head : head + 1]
-            logits = torch.cat([scores, sinks.view(-1, 1, 1).expand(heads, rows, 1)], dim=-1)
-            weight = torch.softmax(logits, dim=-1)[..., :columns]
+
+def _take(values: Tensor, columns: list[slice], dim: int) -> Tensor:
+    parts = [values[..., c] if dim == -1 else values[:, c] for c in columns]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+
+
+def _softmax_product(scores: Tensor, values: Tensor, sinks: Tensor | None, fully_visible: bool) -> Tensor:
+    """softmax(scores) @ values, `[heads, rows, Dv]`; rows that see nothing give zeros.
+
+    `scores [heads, rows, columns]`, `values [kv heads, columns, Dv]`, `sinks [heads]` join the denominator only.
+    """
+    heads, rows, columns = scores.shape
+    if sinks is None:
+        weight = torch.softmax(scores, dim=-1)
         if not fully_visible:
-            seeing = (scores > NEGATIVE_INFINITY).any(-1, keepdim=True) if self.sinks is None else None
-            weight = weight if seeing is None else torch.where(seeing, weight, 0.0)
-        shared = values.shape[0]
-        return torch.bmm(weight.reshape(shared, -1, columns), values).view(heads, rows, -1)
-
-
-def _runs(tiles: list[int]) -> list[tuple[int, int]]:
-    """Neighbouring tiles as half-open ranges: [0, 1, 4] -> [(0, 2), (4, 5)]."""
-    runs: list[tuple[int, int]] = []
-    for tile in tiles:
-        if runs and runs[-1][1] == tile:
-            runs[-1] = (runs[-1][0], tile + 1)
-        else:
-            runs.append((tile, tile + 1))
-    return runs
+            weight = weight.masked_fill(~(scores > NEGATIVE_INFINITY).any(-1, keepdim=True), 0.0)
+    else:
+        logits = torch.cat([scores, sinks.view(-1, 1, 1).expand(heads, rows, 1)], dim=-1)
+        weight = torch.softmax(logits, dim=-1)[..., :columns]
+    shared = values.shape[0]
+    return torch.matmul(weight.reshape(shared, -1, columns), values).view(heads, rows, -1)
