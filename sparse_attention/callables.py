@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from functools import reduce
+from typing import cast
 
 from sparse_attention.errors import ConfigError
 
@@ -31,7 +32,7 @@ def load(text: str) -> Callable[[str], bool]:
         raise ValueError(f"cannot load the callable {text}: {error}") from error
     if not callable(found):
         raise ValueError(f"{text} is not callable")
-    return found  # type: ignore[no-any-return]
+    return cast(Callable[[str], bool], found)
 
 
 def spell(key: str | Callable[[str], bool]) -> str:
@@ -73,6 +74,6 @@ def label(key: str | Callable[[str], bool]) -> str:
 
 def _names(key: object, module: str, qualname: str) -> bool:
     try:
-        return reduce(getattr, qualname.split("."), sys.modules[module]) == key  # type: ignore[arg-type]
+        return reduce(getattr, qualname.split("."), sys.modules[module]) == key
     except (KeyError, AttributeError):
         return False

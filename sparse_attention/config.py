@@ -15,36 +15,38 @@ Rules that the page leaves open, settled here:
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
-    GetPydanticSchema,
-    JsonValue,
     PlainValidator,
     Tag,
-    ValidationError,
     WithJsonSchema,
     field_serializer,
     field_validator,
     model_validator,
 )
-from pydantic_core import InitErrorDetails, PydanticCustomError, core_schema
+from pydantic_core import PydanticCustomError
 
 from sparse_attention import callables
+from sparse_attention.config_base import StrictModel, kept_as_dict, key_errors
+from sparse_attention.config_calibration import CalibrationConfig, Lambda
 from sparse_attention.errors import ConfigError
-from sparse_attention.threshold import PHASES, Phase, PhaseThreshold
+from sparse_attention.threshold import PHASES, Phase
+
+__all__ = [
+    "CalibrationConfig",
+    "FlashSkipSoftmaxConfig",
+    "PatternKey",
+    "SparseAttentionAttributeConfig",
+    "SparseAttentionConfig",
+]
 
 PatternKey = str | Callable[[str], bool]
 
-Lambda = Annotated[float, Field(ge=0, lt=1, description="λ in [0, 1), natural scale; 0 is dense.")]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
 BlockSize = Annotated[int, Field(ge=1)]
 ThresholdField = Annotated[
     Annotated[Lambda, Tag("<number>")] | Annotated[dict[Phase, Lambda], Field(min_length=1), Tag("<phases>")],
@@ -53,130 +55,10 @@ ThresholdField = Annotated[
 ]
 
 
-class _Base(BaseModel):
-    """Frozen, strict (no ``"128"`` for 128, no ``True`` for 1), and explicit about what a key may be called."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _accept(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        data = cls._normalise(dict(data))
-        unknown = [key for key in data if key not in cls.model_fields]
-        if unknown:
-            raise _errors(cls, [(str(key), f"unknown key; {suggest(key, cls.model_fields)}") for key in unknown])
-        return data
-
-    @classmethod
-    def _normalise(cls, data: dict[Any, Any]) -> dict[Any, Any]:
-        """Translate other accepted spellings into this project's own."""
-        return data
-
-
-class PhaseCalibration(_Base):
-    """What calibration is asked for, and found, in one phase: λ = ``a * exp(b * target) / length``."""
-
-    target: Fraction = Field(description="Wanted share of skipped tiles.")
-    a: Annotated[float, Field(gt=0)] | None = Field(default=None, description="Fitted scale, in tokens.")
-    b: float | None = Field(default=None, description="Fitted exponent.")
-    threshold: Lambda | None = Field(default=None, description="A fitted λ that does not follow the length.")
-    observed: dict[str, JsonValue] | None = Field(default=None, description="What was measured; never read back.")
-
-    @model_validator(mode="after")
-    def _one_result(self) -> PhaseCalibration:
-        if (self.a is None) != (self.b is None):
-            raise ValueError("a and b come together")
-        if self.a is not None and self.threshold is not None:
-            raise ValueError("give either a and b, or threshold")
-        return self
-
-    @property
-    def fitted(self) -> PhaseThreshold | None:
-        """The λ found, or None while this is only a request."""
-        if self.a is not None and self.b is not None:
-            return PhaseThreshold(a=self.a, b=self.b, target=self.target)
-        return None if self.threshold is None else PhaseThreshold(threshold=self.threshold)
-
-
-class LayerCalibration(_Base):
-    """The calibrated phases of one module."""
-
-    prefill: PhaseCalibration | None = None
-    decode: PhaseCalibration | None = None
-
-    @property
-    def fitted(self) -> dict[Phase, PhaseThreshold]:
-        """λ of each phase that has one."""
-        found = {phase: getattr(self, phase) for phase in PHASES}
-        return {phase: item.fitted for phase, item in found.items() if item is not None and item.fitted is not None}
-
-
-class CalibrationConfig(LayerCalibration):
-    """A request to calibrate, or its result; the content of a pattern's ``calibration``.
-
-    ``target_sparse_ratio`` (a number, or one per phase, 0 leaving a phase out) is read as the phases' ``target``;
-    a calibration that names no phase asks for 0.5 in both, the default of ModelOpt.
-    """
-
-    strategy: Literal["static", "length", "balanced"] = Field(
-        default="length",
-        description="static: one λ; length: λ follows the length; balanced: per-layer λ at the least dropped mass.",
-    )
-    samples: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Texts to calibrate on.")
-    max_seqlen: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Tokens a text at most.")
-    layers: dict[str, LayerCalibration] = Field(default={}, description="Results by module name, before the phases'.")
-    observed: dict[str, JsonValue] | None = Field(default=None, description="What was measured; never read back.")
-
-    @classmethod
-    def _normalise(cls, data: dict[Any, Any]) -> dict[Any, Any]:
-        named = any(phase in data for phase in PHASES) or bool(data.get("layers"))
-        if named and "target_sparse_ratio" in data:
-            raise _errors(cls, [("target_sparse_ratio", "another spelling of the phases' target; give one of them")])
-        if not named:
-            ratio = data.pop("target_sparse_ratio", 0.5)
-            ratios = ratio if isinstance(ratio, dict) else dict.fromkeys(PHASES, ratio)
-            data.update({phase: {"target": value} for phase, value in ratios.items() if value != 0})
-        return data
-
-    @model_validator(mode="after")
-    def _asks_for_something(self) -> CalibrationConfig:
-        if self.prefill is None and self.decode is None and not self.layers:
-            raise ValueError("names no phase; give prefill: {target: 0.5}, decode: {target: 0.5} or both")
-        return self
-
-    @property
-    def pending(self) -> tuple[Phase, ...]:
-        """Phases that were asked for and have no result yet, neither here nor under ``layers``."""
-        done = set(self.fitted).union(*(layer.fitted for layer in self.layers.values()))
-        return tuple(phase for phase in PHASES if getattr(self, phase) is not None and phase not in done)
-
-
-def _kept_as_dict(model: type[BaseModel]) -> GetPydanticSchema:
-    """Schema of a dict that is checked as ``model`` (errors carry the key's path) and stays the dict it was.
-
-    Only what was given stays, in the order it was given, in this project's spelling.
-    """
-
-    def check(value: Any, handler: Callable[[Any], BaseModel]) -> dict[str, Any]:
-        given: dict[str, Any] = handler(value).model_dump(exclude_unset=True)
-        order = [_OLD_NAME.get(key, key) for key in value] if isinstance(value, dict) else list(given)
-        return {key: given[key] for key in sorted(given, key=lambda key: order.index(key) if key in order else 99)}
-
-    return GetPydanticSchema(
-        lambda _source, handler: core_schema.no_info_wrap_validator_function(
-            check,
-            handler(model),
-            serialization=core_schema.plain_serializer_function_ser_schema(lambda value: value),
-        )
-    )
-
-
 _OLD_NAME = {"thresholds": "threshold"}
 
 
-class SparseAttentionAttributeConfig(_Base):
+class SparseAttentionAttributeConfig(StrictModel):
     """Settings of the attention modules that one pattern selects."""
 
     method: Literal["flash_skip_softmax"] = Field(
@@ -194,16 +76,16 @@ class SparseAttentionAttributeConfig(_Base):
         default=True,
         description="Whether attention is causal. Where given, it must agree with the model.",
     )
-    calibration: Annotated[dict[str, Any], _kept_as_dict(CalibrationConfig)] | None = Field(
+    calibration: Annotated[dict[str, Any], kept_as_dict(CalibrationConfig)] | None = Field(
         default=None, description="A request to calibrate the thresholds, or its result; in one pattern at most."
     )
 
     @classmethod
-    def _normalise(cls, data: dict[Any, Any]) -> dict[Any, Any]:
+    def normalise(cls, data: dict[Any, Any]) -> dict[Any, Any]:
         if "thresholds" not in data:
             return data
         if "threshold" in data:
-            raise _errors(cls, [("thresholds", "the newer spelling of threshold; give one of them")])
+            raise key_errors(cls, [("thresholds", "the newer spelling of threshold; give one of them")])
         return {_OLD_NAME.get(key, key): _first_values(cls, v) if key in _OLD_NAME else v for key, v in data.items()}
 
     @model_validator(mode="after")
@@ -211,9 +93,8 @@ class SparseAttentionAttributeConfig(_Base):
         if self.calibration is None or "threshold" not in self.model_fields_set:
             return self
         calibration = CalibrationConfig.model_validate(self.calibration)
-        fitted = set(calibration.fitted).union(*(layer.fitted for layer in calibration.layers.values()))
         static = self.threshold if isinstance(self.threshold, dict) else PHASES
-        both = [phase for phase in PHASES if phase in fitted and phase in static]
+        both = [phase for phase in PHASES if phase in calibration.found and phase in static]
         if both:
             raise ValueError(
                 f"threshold and calibration both give {' and '.join(both)} a λ; remove one of them, "
@@ -227,15 +108,15 @@ def _key(value: Any) -> PatternKey:
     if isinstance(value, str):
         return callables.load(value) if callables.is_spelling(value) else value
     if callable(value):
-        return value
+        return cast(PatternKey, value)
     raise PydanticCustomError("pattern", "a pattern is a string or a callable that takes the module's name")
 
 
 Key = Annotated[PatternKey, PlainValidator(_key), WithJsonSchema({"type": "string"})]
-Settings = Annotated[dict[str, Any], _kept_as_dict(SparseAttentionAttributeConfig)]
+Settings = Annotated[dict[str, Any], kept_as_dict(SparseAttentionAttributeConfig, _OLD_NAME)]
 
 
-class SparseAttentionConfig(_Base):
+class SparseAttentionConfig(StrictModel):
     """Which attention modules become sparse, how, and where the export stops.
 
     Raises:
@@ -284,6 +165,32 @@ class SparseAttentionConfig(_Base):
                 return key, CalibrationConfig.model_validate(given["calibration"])
         return None
 
+    def calibrated(self, calibration: CalibrationConfig) -> Self:
+        """A copy whose calibrating pattern carries ``calibration``, instead of a static λ for the phases it found.
+
+        Raises:
+            ConfigError: where no pattern carries a calibration and several could.
+        """
+        carrier = self.calibration
+        candidates = [carrier[0]] if carrier else [key for key in self.sparse_cfg if key != "default"]
+        if len(candidates) != 1:
+            raise ConfigError(
+                "which pattern to calibrate is not clear",
+                where="sparse_cfg",
+                found=", ".join(map(callables.label, candidates)) or "no pattern",
+                fix="give one of them calibration: {prefill: {target: 0.5}}",
+            )
+        given = dict(self.sparse_cfg[candidates[0]])
+        threshold = given.pop("threshold", None)
+        if threshold is not None:
+            per_phase = threshold if isinstance(threshold, dict) else dict.fromkeys(PHASES, threshold)
+            if kept := {phase: value for phase, value in per_phase.items() if phase not in calibration.found}:
+                given["threshold"] = kept
+        given["calibration"] = calibration.model_dump(exclude_unset=True)
+        return type(self).model_validate(
+            {"sparse_cfg": {**self.sparse_cfg, candidates[0]: given}, "export_format": self.export_format}
+        )
+
 
 class FlashSkipSoftmaxConfig(SparseAttentionConfig):
     """Skip-softmax with 128 x 128 tiles, and thresholds that are ten times more careful in decode."""
@@ -304,70 +211,11 @@ class FlashSkipSoftmaxConfig(SparseAttentionConfig):
     )
 
 
-def config_error(error: ValidationError, source: str = "") -> ConfigError:
-    """The one message a user gets for a configuration that pydantic refused.
-
-    Args:
-        error: what pydantic raised for one of the classes above.
-        source: where the configuration came from, such as a file name.
-    """
-    lines = []
-    for item in error.errors(include_url=False):
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "literal_error":
-            message = suggest(item["input"], re.findall(r"'([^']*)'", item["ctx"]["expected"]))
-        if item["type"] in _RANGE_ERRORS and "threshold" in item["loc"]:
-            message = "a threshold lies in [0, 1); 0 is dense"
-        shown = repr(item["input"])
-        lines.append((key_path(item["loc"]), shown if len(shown) <= 80 else shown[:77] + "...", message))
-    if len(lines) == 1:
-        path, found, message = lines[0]
-        where = f"{source}: {path}" if source and path else source or path
-        return ConfigError("the configuration is not valid", where=where, found=found, fix=message)
-    listed = "".join(f"\n    {path} = {found}: {message}" for path, found, message in lines)
-    return ConfigError(f"the configuration has {len(lines)} mistakes", where=source, found=listed)
-
-
-_RANGE_ERRORS = ("less_than", "greater_than_equal", "finite_number")
-
-
-def key_path(location: Sequence[str | int]) -> str:
-    """A key as a user would write it: ``sparse_cfg["*attention*"].threshold.prefill``."""
-    parts = [str(part) for part in location if part not in ("<number>", "<phases>", "[key]")]
-    parts = [re.sub(r"^<function (.*) at 0x\w+>$", r"\1", part) for part in parts]
-    quoted = {1 if parts[:1] == ["sparse_cfg"] else -1}
-    return "".join(
-        f'["{part}"]' if index in quoted or not part.isidentifier() else f".{part}" for index, part in enumerate(parts)
-    ).removeprefix(".")
-
-
-def suggest(found: object, allowed: Iterable[str]) -> str:
-    """``did you mean "prefill"? allowed: prefill, decode``."""
-    names = list(allowed)
-    near = difflib.get_close_matches(str(found), names, n=1)
-    return (f'did you mean "{near[0]}"? ' if near else "") + f"allowed: {', '.join(names)}"
-
-
-def _errors(cls: type[BaseModel], found: Sequence[tuple[str | tuple[str, ...], str]]) -> ValidationError:
-    """Errors at given keys; raised inside a validator, pydantic puts the outer path before them."""
-    return ValidationError.from_exception_data(
-        cls.__name__,
-        [
-            InitErrorDetails(
-                type=PydanticCustomError("key", "{message}", {"message": message}),
-                loc=(key,) if isinstance(key, str) else key,
-                input=key if isinstance(key, str) else key[-1],
-            )
-            for key, message in found
-        ],
-    )
-
-
 def _first_values(cls: type[BaseModel], value: Any) -> Any:
     """``{"prefill": [0.001]}`` as ``{"prefill": 0.001}``; several values a phase have no meaning in one op."""
     if not isinstance(value, Mapping):
         return value
     for phase, given in value.items():
         if isinstance(given, list) and len(given) != 1:
-            raise _errors(cls, [(("thresholds", str(phase)), f"one value a phase, not {len(given)}")])
+            raise key_errors(cls, [(("thresholds", str(phase)), f"one value a phase, not {len(given)}")])
     return {phase: given[0] if isinstance(given, list) else given for phase, given in value.items()}

@@ -13,7 +13,8 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from sparse_attention import callables
-from sparse_attention.config import CalibrationConfig, PatternKey, SparseAttentionAttributeConfig, SparseAttentionConfig
+from sparse_attention.config import PatternKey, SparseAttentionAttributeConfig, SparseAttentionConfig
+from sparse_attention.config_calibration import CalibrationConfig
 from sparse_attention.errors import ConfigError, ModelError
 from sparse_attention.threshold import PHASES, Phase, PhaseThreshold, Thresholds
 
@@ -55,7 +56,7 @@ def match(config: SparseAttentionConfig, candidates: Sequence[AttentionModule]) 
     """Names of the modules that each pattern finds, in the configuration's order, ``default`` left out.
 
     Raises:
-        ConfigError: where a pattern finds nothing, or a callable fails or does not answer with a bool.
+        ConfigError: where a pattern finds nothing, or a callable fails.
         ModelError: where there is no candidate at all.
     """
     if not candidates:
@@ -117,7 +118,7 @@ def _matches(key: PatternKey, module: AttentionModule) -> bool:
     if isinstance(key, str):
         return any(fnmatchcase(text.lower(), key.lower()) for text in (module.name, module.class_name))
     try:
-        answer = key(module.name)
+        return bool(key(module.name))
     except Exception as error:
         raise ConfigError(
             "a callable pattern failed",
@@ -125,41 +126,29 @@ def _matches(key: PatternKey, module: AttentionModule) -> bool:
             found=f"{type(error).__name__}: {error}, for the module {module.name!r}",
             fix="it takes the dotted name of a module and returns True or False",
         ) from error
-    if not isinstance(answer, bool):
-        raise ConfigError(
-            "a callable pattern must answer True or False",
-            where=f"sparse_cfg[{callables.label(key)}]",
-            found=f"{answer!r}, for the module {module.name!r}",
-            fix="it takes the dotted name of a module and returns True or False",
-        )
-    return answer
 
 
 def _merge(name: str, default: Mapping[str, Any], patterns: Sequence[Mapping[str, Any]]) -> ResolvedAttention:
     fields: dict[str, Any] = {}
     phases: dict[Phase, PhaseThreshold] = {}
-    named = False
     for given in (default, *patterns):
         fields.update(given)
-        found = _phases(name, given)
-        named = named or bool(found)
-        phases.update(found)
+        phases.update(_phases(name, given))
     # `enable: false` of `default` speaks of modules that nothing matches; a matched one needs no `enable: true`.
     fields["enable"] = next(
         (given["enable"] for given in reversed(patterns) if "enable" in given),
         True if patterns else default.get("enable", False),
     )
-    explicit = "is_causal" in fields
     filled = SparseAttentionAttributeConfig.model_construct(**fields)
     return ResolvedAttention(
         enable=filled.enable,
-        thresholds=Thresholds(**phases) if named else Thresholds.of(filled.threshold),
+        thresholds=Thresholds(**phases) if phases else Thresholds.of(filled.threshold),
         method=filled.method,
         br=filled.br,
         bc=filled.bc,
         backend=filled.backend,
         is_causal=filled.is_causal,
-        is_causal_explicit=explicit,
+        is_causal_explicit="is_causal" in fields,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 from sparse_attention.errors import ConfigError
 
@@ -55,7 +55,7 @@ class Thresholds:
     decode: PhaseThreshold = PhaseThreshold()
 
     @classmethod
-    def of(cls, value: float | Mapping[str, object] | PhaseThreshold | Thresholds) -> Thresholds:
+    def of(cls, value: float | Mapping[Any, object] | PhaseThreshold | Thresholds) -> Thresholds:
         """Build from whatever a caller has.
 
         Args:
@@ -111,7 +111,7 @@ def _number(value: object, where: str) -> float:
     return float(cast(float, value))
 
 
-def _refuse_unknown(value: Mapping[str, object], allowed: tuple[str, ...], where: str) -> None:
+def _refuse_unknown(value: Mapping[Any, object], allowed: tuple[str, ...], where: str) -> None:
     for key in value:
         if key not in allowed:
             raise ConfigError(
