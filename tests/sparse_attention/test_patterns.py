@@ -65,6 +65,8 @@ def test_enable():
     assert resolved[FIRST].enable and not resolved[SECOND].enable
     resolved = settings(**{"*attention*": {}, "*layers.1.*": {"enable": False}, "*.1.*": {"br": 64}})
     assert resolved[FIRST].enable and not resolved[SECOND].enable
+    resolved = settings(**{"*attention*": {"enable": False}, "*layers.1.*": {"enable": True}})
+    assert not resolved[FIRST].enable and resolved[SECOND].enable
     resolved = settings(**{"*layers.0.*": {"enable": False}, "default": {"enable": True}})
     assert not resolved[FIRST].enable and resolved[SECOND].enable
 
