@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from sparse_attention.threshold import Phase
 
 
 @dataclass(frozen=True)
@@ -25,29 +27,28 @@ class TileCounts:
     @property
     def sparsity(self) -> float:
         """Skipped over total, in [0, 1]; 0 where no tile exists."""
-        total = sum(self.total)
-        return sum(self.skipped) / total if total else 0.0
-
-    def __add__(self, other: TileCounts) -> TileCounts:
-        """Counts of both; the number of heads must agree."""
-        pairs = zip(self.skipped, other.skipped, strict=True), zip(self.total, other.total, strict=True)
-        return TileCounts(tuple(a + b for a, b in pairs[0]), tuple(a + b for a, b in pairs[1]))
+        return total_sparsity([self])
 
 
-@dataclass
 class LayerStatistics:
-    """What one attention module has counted so far, by phase (`"prefill"`, `"decode"`)."""
+    """What one attention module has counted so far, by phase; summed on its device and read without stalling it."""
 
-    by_phase: dict[str, TileCounts] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._sums: dict[Phase, Tensor] = {}
 
-    def add(self, phase: str, counts: TileCounts) -> None:
-        """Adds the counts of one call."""
-        known = self.by_phase.get(phase)
-        self.by_phase[phase] = counts if known is None else known + counts
+    def add(self, phase: Phase, counts: Tensor) -> None:
+        """Adds the counts `[Hq, 2]` of one call."""
+        counts = counts.detach().to(torch.int64)
+        self._sums[phase] = self._sums[phase] + counts if phase in self._sums else counts
 
     def reset(self) -> None:
         """Forgets everything counted so far."""
-        self.by_phase.clear()
+        self._sums.clear()
+
+    @property
+    def by_phase(self) -> dict[Phase, TileCounts]:
+        """Counts of each phase that has run."""
+        return {phase: TileCounts.of(counts) for phase, counts in self._sums.items()}
 
 
 def total_sparsity(counts: Iterable[TileCounts]) -> float:
@@ -58,6 +59,6 @@ def total_sparsity(counts: Iterable[TileCounts]) -> float:
     return skipped / total if total else 0.0
 
 
-def phase_of(rows: int | torch.SymInt) -> str:
+def phase_of(rows: int) -> Phase:
     """`"decode"` for one query row, `"prefill"` for anything else."""
     return "decode" if rows == 1 else "prefill"
