@@ -1,0 +1,261 @@
+"""Shapes and integer shape tensors of a graph as polynomials over its dimension names.
+
+An exporter leaves dimensions of intermediate values unknown (opset 18 `scaled_dot_product_attention`) and computes
+others by long detours (`batch*seq // batch`); what is needed of them here is whether two are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from export.rewrite.poly import Poly, parse, product
+
+Dims = tuple[Poly, ...]
+
+_ELEMENTWISE = frozenset(
+    "Add Sub Mul Div Pow Max Min Where And Or Not Equal Less LessOrEqual Greater GreaterOrEqual Cast Identity Neg Sqrt "
+    "Tanh Softmax IsNaN Dropout RotaryEmbedding Abs Exp Clip".split()
+)
+_LONGEST_VECTOR = 16  # a shape vector is short; anything longer is data
+
+
+class Shapes:
+    """Answers about the values of one graph; answers are cached, so the graph must not change meanwhile."""
+
+    def __init__(self) -> None:
+        self._shapes: dict[ir.Value, Dims | None] = {}
+        self._vectors: dict[ir.Value, Dims | None] = {}
+
+    def shape(self, value: ir.Value) -> Dims | None:
+        """The dimensions; one that is not known is a symbol of its own. None where not even the rank is known."""
+        if value not in self._shapes:
+            self._shapes[value] = None  # a malformed cyclic graph ends here
+            self._shapes[value] = self._shape(value)
+        return self._shapes[value]
+
+    def rank(self, value: ir.Value) -> int | None:
+        shape = self.shape(value)
+        return None if shape is None else len(shape)
+
+    def vector(self, value: ir.Value | None) -> Dims | None:
+        """The elements of an integer scalar or short 1-D tensor that depends on constants and sizes only."""
+        if value is None:
+            return None
+        if value not in self._vectors:
+            self._vectors[value] = None
+            self._vectors[value] = self._vector(value)
+        return self._vectors[value]
+
+    def integers(self, value: ir.Value | None) -> tuple[int, ...] | None:
+        """Like `vector`, but only where every element is a number."""
+        elements = self.vector(value)
+        numbers = None if elements is None else tuple(element.constant for element in elements)
+        return None if numbers is None or None in numbers else numbers  # type: ignore[return-value]
+
+    def scalar(self, value: ir.Value | None) -> float | None:
+        """The number held by a one-element tensor that depends on constants and fixed sizes only."""
+        if value is None:
+            return None
+        array = constant_array(value)
+        if array is not None:
+            return float(array.reshape(-1)[0]) if array.size == 1 else None
+        numbers = self.integers(value)
+        if numbers is not None:
+            return float(numbers[0]) if len(numbers) == 1 else None
+        node = value.producer()
+        if node is None or node.op_type not in _SCALAR:
+            return None
+        operands = [self.scalar(operand) for operand in node.inputs]
+        if any(operand is None for operand in operands):
+            return None
+        try:
+            return float(_SCALAR[node.op_type](*operands))
+        except (ArithmeticError, ValueError):
+            return None
+
+    def _shape(self, value: ir.Value) -> Dims | None:
+        computed = self._computed_shape(value)
+        if value.shape is None:
+            return computed
+        if computed is None or len(computed) != len(value.shape):
+            computed = tuple(Poly.symbol(f"?{value.name}.{axis}") for axis in range(len(value.shape)))
+        declared = (dim if isinstance(dim, int) else dim.value for dim in value.shape)
+        return tuple(
+            Poly.of(dim) if isinstance(dim, int) else found if dim is None else parse(dim)
+            for dim, found in zip(declared, computed, strict=True)
+        )
+
+    def _computed_shape(self, value: ir.Value) -> Dims | None:
+        node = value.producer()
+        if node is None:
+            return None
+        if node.op_type == "Reshape":
+            return self._reshaped(node)
+        shapes = [self.shape(operand) for operand in node.inputs if operand is not None]
+        if not shapes or any(shape is None for shape in shapes[:1]):
+            return None
+        first = shapes[0]
+        assert first is not None
+        if node.op_type == "Transpose":
+            perm = node.attributes.get_ints("perm", None) or range(len(first))[::-1]
+            return tuple(first[axis] for axis in perm)
+        if node.op_type in ("Unsqueeze", "Squeeze"):
+            axes = axes_of(node, self)
+            return None if axes is None else _with_axes(first, axes, node.op_type == "Unsqueeze")
+        if node.op_type == "Expand":
+            target = self.vector(node.inputs[1])
+            return None if target is None else broadcast(first, target, value)
+        if any(shape is None for shape in shapes):
+            return None
+        known = [shape for shape in shapes if shape is not None]
+        if node.op_type == "MatMul" and min(map(len, known)) >= 2:
+            batch = broadcast(known[0][:-2], known[1][:-2], value)
+            return (*batch, known[0][-2], known[1][-1])
+        if node.op_type == "Concat":
+            axis = node.attributes.get_int("axis", 0)
+            joined = sum((shape[axis] for shape in known[1:]), known[0][axis])
+            return tuple(joined if at == axis % len(first) else dim for at, dim in enumerate(first))
+        if node.op_type in _ELEMENTWISE and node.domain == "":
+            result = first if node.op_type in ("Dropout", "RotaryEmbedding", "Clip") else ()
+            for shape in known if not result else ():
+                result = broadcast(result, shape, value)
+            return result
+        return None
+
+    def _reshaped(self, node: ir.Node) -> Dims | None:
+        source = self.shape(node.inputs[0]) if node.inputs[0] is not None else None
+        target = self.vector(node.inputs[1])
+        if target is None:
+            return None
+        copies = not node.attributes.get_int("allowzero", 0)
+        dims = [
+            source[axis] if copies and dim.constant == 0 and source is not None and axis < len(source) else dim
+            for axis, dim in enumerate(target)
+        ]
+        for axis, dim in enumerate(dims):
+            if dim.constant == -1:
+                rest = product(other for at, other in enumerate(dims) if at != axis)
+                quotient = None if source is None else product(source).divided_by(rest)
+                dims[axis] = Poly.symbol(f"?{node.outputs[0].name}.{axis}") if quotient is None else quotient
+        return tuple(dims)
+
+    def _vector(self, value: ir.Value) -> Dims | None:
+        array = constant_array(value)
+        if array is not None:
+            if array.dtype.kind not in "iu" or array.ndim > 1 or array.size > _LONGEST_VECTOR:
+                return None
+            return tuple(Poly.of(int(element)) for element in array.reshape(-1))
+        node = value.producer()
+        if node is None or node.domain != "":
+            return None
+        if node.op_type == "Shape":
+            shape = self.shape(node.inputs[0]) if node.inputs[0] is not None else None
+            return None if shape is None else shape[node.attributes.get_int("start", 0):][: _shape_end(node, len(shape))]
+        if node.op_type in ("Squeeze", "Unsqueeze", "Identity", "Reshape"):
+            elements = self.vector(node.inputs[0])
+            return elements if elements is not None and (len(elements) == 1 or node.op_type == "Identity") else None
+        if node.op_type == "Cast":
+            whole = ir.DataType(node.attributes.get_int("to", 0)) in (ir.DataType.INT64, ir.DataType.INT32)
+            return self.vector(node.inputs[0]) if whole else None
+        operands = [self.vector(operand) for operand in node.inputs]
+        if any(operand is None for operand in operands):
+            return None
+        known = [operand for operand in operands if operand is not None]
+        match node.op_type:
+            case "Concat":
+                return tuple(element for operand in known for element in operand)
+            case "Gather":
+                picks = [index.constant for index in known[1]]
+                if all(pick is not None and -len(known[0]) <= pick < len(known[0]) for pick in picks):
+                    return tuple(known[0][pick] for pick in picks if pick is not None)
+            case "Slice":
+                return _sliced(known)
+            case "Add" | "Sub" | "Mul" | "Div" if len({len(operand) for operand in known}) == 1:
+                results = tuple(_ARITHMETIC[node.op_type](a, b) for a, b in zip(*known, strict=True))
+                return None if None in results else results  # type: ignore[return-value]
+        return None
+
+
+def broadcast(left: Sequence[Poly], right: Sequence[Poly], owner: ir.Value) -> Dims:
+    """The broadcast shape of two; a dimension that cannot be told is a symbol that belongs to `owner`."""
+    rank = max(len(left), len(right))
+    one = Poly.of(1)
+    padded = zip([one] * (rank - len(left)) + list(left), [one] * (rank - len(right)) + list(right), strict=True)
+    result = []
+    for axis, (a, b) in enumerate(padded):
+        if a == b or b == one:
+            result.append(a)
+        elif a == one or (b.constant is not None and a.constant is None):
+            result.append(b)
+        else:
+            result.append(a if a.constant is not None else Poly.symbol(f"?{owner.name}.{axis}"))
+    return tuple(result)
+
+
+def constant_array(value: ir.Value):  # type: ignore[no-untyped-def]
+    """The NumPy array of an initializer that no caller can override, or of a Constant node; else None."""
+    if value.is_graph_input():
+        return None
+    node = value.producer()
+    if value.const_value is None and node is not None and node.op_type == "Constant" and "value" in node.attributes:
+        return node.attributes["value"].as_tensor().numpy()
+    return None if value.const_value is None else value.const_value.numpy()
+
+
+def axes_of(node: ir.Node, shapes: Shapes) -> tuple[int, ...] | None:
+    """The `axes` of Squeeze, Unsqueeze and reductions, input or attribute."""
+    if "axes" in node.attributes:
+        return tuple(node.attributes["axes"].as_ints())
+    return shapes.integers(node.inputs[1]) if len(node.inputs) > 1 else None
+
+
+def _with_axes(shape: Dims, axes: Sequence[int], insert: bool) -> Dims:
+    if not insert:
+        gone = {axis % len(shape) for axis in axes}
+        return tuple(dim for axis, dim in enumerate(shape) if axis not in gone)
+    rank = len(shape) + len(axes)
+    new = {axis % rank for axis in axes}
+    old = iter(shape)
+    return tuple(Poly.of(1) if axis in new else next(old) for axis in range(rank))
+
+
+def _shape_end(node: ir.Node, rank: int) -> int:
+    start = node.attributes.get_int("start", 0)
+    end = node.attributes.get_int("end", rank)
+    return max(0, min(end + rank if end < 0 else end, rank) - (start + rank if start < 0 else start))
+
+
+def _sliced(operands: Sequence[Dims]) -> Dims | None:
+    numbers = [[element.constant for element in operand] for operand in operands[1:]]
+    if any(len(operand) != 1 or operand[0] is None for operand in numbers):
+        return None
+    start, end, *rest = (operand[0] for operand in numbers)
+    step = rest[1] if len(rest) > 1 else 1
+    return operands[0][start:end:step]
+
+
+_ARITHMETIC = {
+    "Add": lambda a, b: a + b,
+    "Sub": lambda a, b: a - b,
+    "Mul": lambda a, b: a * b,
+    "Div": lambda a, b: a.divided_by(b),
+}
+
+_SCALAR = {
+    "Sqrt": math.sqrt,
+    "Reciprocal": lambda x: 1 / x,
+    "Neg": lambda x: -x,
+    "Cast": float,
+    "Identity": float,
+    "Squeeze": lambda x, *_: x,
+    "Unsqueeze": lambda x, *_: x,
+    "CastLike": lambda x, _: x,
+    "Add": lambda a, b: a + b,
+    "Sub": lambda a, b: a - b,
+    "Mul": lambda a, b: a * b,
+    "Div": lambda a, b: a / b,
+    "Pow": lambda a, b: a**b,
+}
