@@ -32,7 +32,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class AttributeSpec:
-    """One attribute: every node writes every attribute, because a referenced attribute without a value is not portable."""
+    """One attribute. Every node writes every attribute: one that a body refers to and a node leaves out is not portable."""
 
     name: str
     kind: Literal["int", "float", "string"]
