@@ -1,0 +1,104 @@
+"""Whether an engine computes what the model does: outputs, tile counts, latency."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from export.engine.load import load_engine
+from export.engine.run import EngineRunner
+from sparse_attention.errors import UsageError
+
+Arrays = Mapping[str, np.ndarray]
+Reference = Callable[[Arrays], Arrays]
+"""Runs the model the engine is compared with: inputs by name to outputs by name."""
+
+RELATIVE_ERROR = {torch.float32: 2e-2, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Allowed |difference| over the largest |value| of an output, by the output's dtype. Not measured on TensorRT yet: end
+to end, one tile decided otherwise changes what follows, so this only tells a broken engine from a working one."""
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """One output at one profile; `error` is the largest difference over the largest value, for counts the number of
+    entries that differ."""
+
+    profile: str
+    output: str
+    error: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed
+
+
+@dataclass(frozen=True)
+class EngineCheck:
+    """All outputs at all profiles, and the latency of a run per profile in milliseconds."""
+
+    outputs: tuple[OutputCheck, ...]
+    milliseconds: Mapping[str, float]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.outputs) and all(check.passed for check in self.outputs)
+
+
+def check_engine(
+    path: Path, against: Path | Reference, inputs: Mapping[str, Arrays], *, plugin: Path | None = None
+) -> EngineCheck:
+    """Runs the engine and what it is compared with on the same inputs, given per profile.
+
+    `against` is an exported `.onnx`, run by ONNX Runtime, or anything callable. Raises MissingError where the engine
+    cannot run here, UsageError where the two have no output in common.
+    """
+    loaded = load_engine(path, plugin=plugin)
+    reference = against if callable(against) else onnx_reference(against)
+    checks: list[OutputCheck] = []
+    milliseconds: dict[str, float] = {}
+    for profile, arrays in inputs.items():
+        runner = EngineRunner(loaded, profile)
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(value)).cuda() for name, value in arrays.items()}
+        found = runner(tensors)
+        expected = reference(arrays)
+        common = [name for name in found if name in expected]
+        if not common:
+            raise UsageError(
+                "The engine and the model have no output in common.", where=str(path), found=f"{list(found)}",
+                fix=f"Compare it with the model it was built from, which has {list(expected)}.",
+            )  # fmt: skip
+        checks += [compare(profile, name, found[name], expected[name]) for name in common]
+        milliseconds[profile] = runner.milliseconds(tensors)
+    return EngineCheck(tuple(checks), milliseconds)
+
+
+def compare(profile: str, name: str, found: torch.Tensor, expected: np.ndarray) -> OutputCheck:
+    """Integers (tile counts) have to be equal, floats close; a NaN on one side only counts as infinitely far."""
+    reference = torch.from_numpy(np.ascontiguousarray(expected))
+    if found.shape != reference.shape:
+        return OutputCheck(profile, name, float("inf"), 0.0)
+    if not found.dtype.is_floating_point:
+        return OutputCheck(profile, name, float((found.cpu() != reference).sum()), 0.0)
+    actual, wanted = found.cpu().float(), reference.float()
+    both_nan = actual.isnan() & wanted.isnan()
+    difference = (actual - wanted).abs().masked_fill(both_nan, 0.0).nan_to_num(nan=float("inf"))
+    largest = wanted.abs().nan_to_num().amax().clamp(min=1e-6)
+    return OutputCheck(profile, name, float(difference.amax() / largest), RELATIVE_ERROR[found.dtype])
+
+
+def onnx_reference(path: Path) -> Reference:
+    """The exported model in ONNX Runtime, by its function body."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+
+    def run(inputs: Arrays) -> Arrays:
+        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+
+    return run
