@@ -9,10 +9,10 @@ import onnx_ir as ir
 from export import op
 from export.rewrite import attention_op, decomposed
 from export.rewrite.check import Plan, check
-from export.rewrite.emit import SharedMasks, remove_unused, replace
+from export.rewrite.emit import Written, remove_unused, replace
 from export.rewrite.index_calculus import IndexCalculus
 from export.rewrite.match import AttentionMatch
-from export.rewrite.report import AttentionSite, Left, RefusalError, Rewritten, RewriteReport, Settings, site_of
+from export.rewrite.report import AttentionSite, Left, RefusalError, RewriteReport, Rewritten, Settings, site_of
 from export.rewrite.shapes import Shapes
 from export.rewrite.unify import unify_inputs
 from sparse_attention.errors import ConfigError
@@ -77,13 +77,13 @@ def _apply(
     model: ir.Model, plans: list[tuple[AttentionSite, Plan, ResolvedAttention]], shapes: Shapes, unit: str
 ) -> None:
     # Every plan was made on the graph as it came; one after the other they only add nodes until the last is written.
-    shared: SharedMasks = {}
+    written = Written()
     old = []
     for site, plan, resolved in plans:
         producer = plan.match.output.producer()
         assert producer is not None
         old.append(producer)
-        replace(plan, resolved, shapes, shared, unit=unit, name=site.node_name or site.module)
+        replace(plan, resolved, shapes, written, unit=unit, name=site.node_name or site.module)
     remove_unused(old)
     unify_inputs([node for node in model.graph.all_nodes() if node.domain == op.DOMAIN and node.op_type == op.OP_TYPE])
     model.graph.opset_imports[op.DOMAIN] = op.VERSION
@@ -115,7 +115,8 @@ def _in_functions(model: ir.Model) -> list[Left]:
 def _check_causality(site: AttentionSite, resolved: ResolvedAttention, plan: Plan) -> None:
     """`is_causal` set explicitly must agree with the graph; as a default it gives way to it."""
     if resolved.is_causal_explicit and resolved.is_causal != plan.is_causal:
-        kept = " (its mask could not be proven causal and stays an input)" if plan.masks.seen or plan.masks.added else ""
+        unproven = plan.masks.seen or plan.masks.added
+        kept = " (its mask could not be proven causal and stays an input)" if unproven else ""
         raise ConfigError(
             "the configuration contradicts the model about causality",
             where=site.module,
@@ -133,6 +134,4 @@ def _entry(site: AttentionSite, plan: Plan) -> Rewritten:
         inputs.append("kv_lengths")
     if plan.q_start is not None or (plan.match.kv_lengths is not None and plan.match.is_causal):
         inputs.append("q_start")
-    return Rewritten(
-        site, plan.match.family, tuple(inputs), plan.is_causal, plan.masks.window, plan.group, plan.notes
-    )
+    return Rewritten(site, plan.match.family, tuple(inputs), plan.is_causal, plan.masks.window, plan.group, plan.notes)

@@ -23,7 +23,7 @@ def match(node: ir.Node, shapes: Shapes) -> AttentionMatch:
     key; a soft-cap comes before the mask (as in onnx 1.23's text).
     """
     inputs = {name: value for name, value in zip(_INPUTS, node.inputs, strict=False) if value is not None}
-    outputs = {name: value for name, value in zip(_OUTPUTS, node.outputs, strict=False)}
+    outputs = dict(zip(_OUTPUTS, node.outputs, strict=False))
     for name in ("past_key", "past_value"):
         if name in inputs:
             raise RefusalError(f"the operator keeps its own KV cache ({name}); pass K and V already joined")
@@ -44,7 +44,7 @@ def match(node: ir.Node, shapes: Shapes) -> AttentionMatch:
         mask = inputs["attn_mask"]
         if "nonpad_kv_seqlen" in inputs:
             raise RefusalError("attn_mask with nonpad_kv_seqlen may be shorter than K")
-        masks.append(Mask(mask, "attend" if mask.dtype == ir.DataType.BOOL else "add"))
+        masks.append(Mask(mask, "attend" if shapes.dtype(mask) == ir.DataType.BOOL else "add"))
     return AttentionMatch(
         family=FAMILY, root=node, output=outputs["Y"], q=Operand(inputs["Q"]), k=Operand(inputs["K"]),
         v=Operand(inputs["V"]), scale=scale, layout=layout, softcap=node.attributes.get_float("softcap", 0.0),

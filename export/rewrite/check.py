@@ -41,7 +41,7 @@ class Plan:
 
 def check(match: AttentionMatch, shapes: Shapes, calculus: IndexCalculus) -> Plan:
     """The plan for a match; raises `RefusalError` with the reason where the op would compute something else."""
-    dtype = _dtype(match)
+    dtype = _dtype(match, shapes)
     q, k, v = (_shape(operand, shapes) for operand in (match.q, match.k, match.v))
     for name, shape in (("K", k), ("V", v)):
         if len(shape) != len(q):
@@ -66,8 +66,8 @@ def check(match: AttentionMatch, shapes: Shapes, calculus: IndexCalculus) -> Pla
     if match.is_causal and match.kv_lengths is not None:
         masks.causal_offset = offset  # replaced by kv_lengths - Sq when the node is written
     for value in masks.added:
-        if value.dtype not in (dtype, None):
-            raise RefusalError(f"a bias ({value.name}) is {value.dtype}, and q is {dtype}")
+        if shapes.dtype(value) != dtype:
+            raise RefusalError(f"a bias ({value.name}) is {shapes.dtype(value)}, and q is {dtype}")
     _check_mask_ranks(match, masks, q, shapes)
     used = masks.causal_offset if masks.causal_offset is not None else Poly()
     q_start = None
@@ -83,15 +83,15 @@ def check(match: AttentionMatch, shapes: Shapes, calculus: IndexCalculus) -> Pla
     return Plan(match, k_operand, v_operand, dtype, masks, q_start, group, tuple(notes))
 
 
-def _dtype(match: AttentionMatch) -> ir.DataType:
-    found = {operand.value.dtype for operand in (match.q, match.k, match.v)}
+def _dtype(match: AttentionMatch, shapes: Shapes) -> ir.DataType:
+    found = {shapes.dtype(operand.value) for operand in (match.q, match.k, match.v)}
     if len(found) != 1:
         raise RefusalError(f"q, K and V have different types ({', '.join(sorted(map(str, found)))})")
     dtype = found.pop()
     if dtype not in _DTYPES:
         raise RefusalError(f"q is {dtype}; float32, float16 and bfloat16 are what the op takes")
-    if match.output.dtype not in (dtype, None):
-        raise RefusalError(f"the output is {match.output.dtype}, and q is {dtype}")
+    if shapes.dtype(match.output) not in (dtype, None):
+        raise RefusalError(f"the output is {shapes.dtype(match.output)}, and q is {dtype}")
     assert dtype is not None
     return dtype
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,23 @@ from sparse_attention.patterns import ResolvedAttention
 
 LOWEST = {ir.DataType.FLOAT: -3.4028235e38, ir.DataType.FLOAT16: -65504.0, ir.DataType.BFLOAT16: -3.3895314e38}
 
-SharedMasks = dict[tuple[object, ...], ir.Value]
-"""Masks already brought into the op's form, so that the layers of a model share one."""
+
+@dataclass
+class Written:
+    """What one model's rewriting has written so far.
+
+    `masks`: masks already in the op's form, so that the layers of a model share one. `outputs`: what took the place of
+    an attention's output, because a later attention may take it as its q, K or V.
+    """
+
+    masks: dict[tuple[object, ...], ir.Value] = field(default_factory=dict)
+    outputs: dict[ir.Value, ir.Value] = field(default_factory=dict)
+
+    def current(self, operand: Operand) -> Operand:
+        return operand._replace(value=self.outputs.get(operand.value, operand.value))
 
 
-class _Writer:
+class Writer:
     """Creates nodes in front of an anchor; they carry the metadata of the attention they belong to."""
 
     def __init__(self, anchor: ir.Node, metadata: dict[str, str]) -> None:
@@ -29,20 +42,20 @@ class _Writer:
 
     def __call__(self, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         node = ir.node(op_type, inputs, attributes, metadata_props=dict(self.metadata))
-        self._insert(node)
+        self.insert(node)
         return node.outputs[0]
 
     def constant(self, value: Any, dtype: Any = np.int64) -> ir.Value:
         return self("Constant", value=ir.tensor(np.asarray(value, dtype=dtype)))
 
-    def _insert(self, node: ir.Node) -> None:
+    def insert(self, node: ir.Node) -> None:
         graph = self.anchor.graph
         assert graph is not None
         graph.insert_before(self.anchor, node)
 
 
 def replace(
-    plan: Plan, resolved: ResolvedAttention, shapes: Shapes, shared: SharedMasks, *, unit: str, name: str
+    plan: Plan, resolved: ResolvedAttention, shapes: Shapes, written: Written, *, unit: str, name: str
 ) -> ir.Node:
     """Write the op's node and hand its output to whoever used the attention's; the old nodes stay, unused.
 
@@ -52,13 +65,13 @@ def replace(
     match = plan.match
     anchor = match.output.producer()
     assert anchor is not None
-    write = _Writer(anchor, dict(match.root.metadata_props))
+    write = Writer(anchor, dict(match.root.metadata_props))
     inputs = {
-        "q": _to_heads(write, match.q, plan, 0),
-        "k": _to_heads(write, plan.k, plan, 1),
-        "v": _to_heads(write, plan.v, plan, 1),
+        "q": _to_heads(write, written.current(match.q), plan, 0),
+        "k": _to_heads(write, written.current(plan.k), plan, 1),
+        "v": _to_heads(write, written.current(plan.v), plan, 1),
     }
-    bias = _bias(write, plan, shapes, shared)
+    bias = _bias(write, plan, shapes, written.masks)
     if bias is not None:
         inputs["bias"] = bias
     if match.kv_lengths is not None:
@@ -69,6 +82,7 @@ def replace(
     elif plan.q_start is not None:
         batch = write("Shape", inputs["q"], start=0, end=1)
         inputs["q_start"] = write("Expand", write.constant([plan.q_start], np.int32), batch)
+    _set_types(inputs, plan)
     names = op.input_names(list(inputs))
     attributes = op.attributes(
         inputs=",".join(names), br=resolved.br, bc=resolved.bc, is_causal=int(plan.is_causal), scale=match.scale,
@@ -82,16 +96,27 @@ def replace(
         name=name,
         metadata_props=dict(match.root.metadata_props),
     )
-    write._insert(node)
-    _hand_over(match.output, _from_heads(write, node.outputs[0], plan))
+    write.insert(node)
+    written.outputs[match.output] = _hand_over(match.output, _from_heads(write, node.outputs[0], plan))
     return node
 
 
-def _to_heads(write: _Writer, operand: Operand, plan: Plan, which: int) -> ir.Value:
+def _set_types(inputs: dict[str, ir.Value], plan: Plan) -> None:
+    """The types of values just written, which nothing has inferred yet."""
+    types = dict.fromkeys(("q", "k", "v"), plan.dtype)
+    types["bias"] = plan.dtype if plan.masks.added else ir.DataType.BOOL
+    for name, value in inputs.items():
+        if value.dtype is None:
+            value.dtype = types.get(name, ir.DataType.INT32)
+
+
+def _to_heads(write: Writer, operand: Operand, plan: Plan, which: int) -> ir.Value:
     """q, K or V as `[B, H, S, D]`; `which` is 0 for q and 1 for K and V."""
     value, match = operand.value, plan.match
     if operand.perm is not None:
+        source = value.shape
         value = write("Transpose", value, perm=operand.perm)
+        value.shape = None if source is None else ir.Shape([source[axis] for axis in operand.perm])
     if match.layout == "SD":
         return write("Unsqueeze", value, write.constant([0, 1]))
     if match.layout == "NSD":
@@ -102,7 +127,7 @@ def _to_heads(write: _Writer, operand: Operand, plan: Plan, which: int) -> ir.Va
     return value
 
 
-def _split_heads(write: _Writer, value: ir.Value, heads: int) -> ir.Value:
+def _split_heads(write: Writer, value: ir.Value, heads: int) -> ir.Value:
     """`[B*H, ...]` as `[B, H, ...]`."""
     if heads == 1:
         return write("Unsqueeze", value, write.constant([1]))
@@ -110,7 +135,7 @@ def _split_heads(write: _Writer, value: ir.Value, heads: int) -> ir.Value:
     return write("Reshape", value, shape)
 
 
-def _from_heads(write: _Writer, o: ir.Value, plan: Plan) -> ir.Value:
+def _from_heads(write: Writer, o: ir.Value, plan: Plan) -> ir.Value:
     """The op's output in the layout of the attention's."""
     match = plan.match
     if match.layout == "SD":
@@ -123,7 +148,7 @@ def _from_heads(write: _Writer, o: ir.Value, plan: Plan) -> ir.Value:
     return o
 
 
-def _bias(write: _Writer, plan: Plan, shapes: Shapes, shared: SharedMasks) -> ir.Value | None:
+def _bias(write: Writer, plan: Plan, shapes: Shapes, shared: dict[tuple[object, ...], ir.Value]) -> ir.Value | None:
     """What is left of the masks as one input: a Boolean where nothing is added, else a tensor of q's type."""
     seen, added = plan.masks.seen, plan.masks.added
     if not seen and not added:
@@ -145,12 +170,12 @@ def _bias(write: _Writer, plan: Plan, shapes: Shapes, shared: SharedMasks) -> ir
     return shared[key]
 
 
-def lowest(write: _Writer, dtype: ir.DataType) -> ir.Value:
+def lowest(write: Writer, dtype: ir.DataType) -> ir.Value:
     """The most negative finite number of a type, a scalar."""
     return write.constant(LOWEST[dtype], dtype.numpy())
 
 
-def _as_seen(write: _Writer, leaf: Leaf, shapes: Shapes, merged: int) -> ir.Value:
+def _as_seen(write: Writer, leaf: Leaf, shapes: Shapes, merged: int) -> ir.Value:
     value = leaf.value
     if value.dtype not in (ir.DataType.BOOL, None):
         value = write("Cast", value, to=ir.DataType.BOOL)
@@ -159,7 +184,7 @@ def _as_seen(write: _Writer, leaf: Leaf, shapes: Shapes, merged: int) -> ir.Valu
     return _rank_4(write, value, shapes, merged, shapes.rank(leaf.value))
 
 
-def _rank_4(write: _Writer, value: ir.Value, shapes: Shapes, merged: int, rank: int | None = None) -> ir.Value:
+def _rank_4(write: Writer, value: ir.Value, shapes: Shapes, merged: int, rank: int | None = None) -> ir.Value:
     rank = shapes.rank(value) if rank is None else rank
     assert rank is not None
     if merged and rank == 3:
@@ -169,14 +194,14 @@ def _rank_4(write: _Writer, value: ir.Value, shapes: Shapes, merged: int, rank: 
     return value if rank == 4 else write("Unsqueeze", value, write.constant(list(range(4 - rank))))
 
 
-def _chain(write: _Writer, op_type: str, values: Sequence[ir.Value]) -> ir.Value:
+def _chain(write: Writer, op_type: str, values: Sequence[ir.Value]) -> ir.Value:
     result = values[0]
     for value in values[1:]:
         result = write(op_type, result, value)
     return result
 
 
-def _hand_over(old: ir.Value, new: ir.Value) -> None:
+def _hand_over(old: ir.Value, new: ir.Value) -> ir.Value:
     """`new` takes the place, name, type and shape of `old`."""
     new.type, new.shape = old.type, old.shape
     new.metadata_props.update(old.metadata_props)
@@ -184,6 +209,7 @@ def _hand_over(old: ir.Value, new: ir.Value) -> None:
     old.replace_all_uses_with(new, replace_graph_outputs=True)
     old.name = f"{name}_before_rewriting"
     new.name = name
+    return new
 
 
 def remove_unused(nodes: Iterable[ir.Node]) -> None:
@@ -200,7 +226,7 @@ def remove_unused(nodes: Iterable[ir.Node]) -> None:
             above = value.producer()
             if above is not None:
                 waiting.append(above)
-            elif value.is_initializer() and not value.uses() and not value.is_graph_input() and not value.is_graph_output():
+            elif value.is_initializer() and not (value.uses() or value.is_graph_input() or value.is_graph_output()):
                 owner = value.graph
-                if owner is not None and value.name in owner.initializers:
-                    del owner.initializers[value.name]
+                if owner is not None and value.name is not None:
+                    owner.initializers.pop(value.name, None)

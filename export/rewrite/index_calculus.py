@@ -163,7 +163,7 @@ class IndexCalculus:
         for start, axis, step in zip(starts, axes, steps, strict=True):
             at = axis % len(shape)
             if start.constant is not None and start.constant < 0:
-                start = source.shape[at] + start  # noqa: PLW2901
+                start = source.shape[at] + start
             if not start.is_nonnegative:  # it might count from the end
                 raise NotUnderstoodError(f"a Slice from {start}")
             moved[f"#{at}"] = start + index(at) * step

@@ -102,11 +102,7 @@ class _Walk:
                 self.seen(operand, hides)
         elif operator == "Not":
             self.seen(inputs[0], not hides)
-        elif operator == "Identity" or (operator == "Expand" and self._same_rank(value, inputs[0])):
-            self.seen(inputs[0], hides)
-        elif operator == "Cast" and inputs[0].dtype == ir.DataType.BOOL:
-            self.seen(inputs[0], hides)
-        elif operator == "Unsqueeze" and self._leading(value, inputs[0]):
+        elif self._only_broadcasts(operator, value, inputs):
             self.seen(inputs[0], hides)
         else:
             self.result.seen.append(Leaf(value, hides))
@@ -127,9 +123,7 @@ class _Walk:
         elif operator == "Where" and self._is_hidden(inputs[1]):
             self.seen(inputs[0], hides=True)
             self._chosen(inputs[2])
-        elif operator == "Identity" or (operator == "Expand" and self._same_rank(value, inputs[0])):
-            self.added(inputs[0])
-        elif operator == "Unsqueeze" and self._leading(value, inputs[0]):
+        elif self._only_broadcasts(operator, value, inputs):
             self.added(inputs[0])
         else:
             self.result.added.append(value)
@@ -138,7 +132,7 @@ class _Walk:
         # A hidden score plus anything else stays hidden, so the other branch may apply everywhere.
         self.added(value)
 
-    def _proven(self, source: Leaf | ir.Value, value: ir.Value, meaning) -> bool:  # type: ignore[no-untyped-def]
+    def _proven(self, source: Leaf | ir.Value, value: ir.Value, meaning: Callable[[Expression], Expression]) -> bool:
         """Whether the whole value is always true or a band, and if so remember the band."""
         try:
             grid = self.calculus.grid(value)
@@ -166,16 +160,19 @@ class _Walk:
             return isinstance(element, Number) and element.value <= HIDDEN
         return number <= HIDDEN
 
-    def _same_rank(self, value: ir.Value, operand: ir.Value) -> bool:
-        rank = self.calculus.shapes.rank(operand)
-        return rank is not None and rank == self.calculus.shapes.rank(value)
-
-    def _leading(self, value: ir.Value, operand: ir.Value) -> bool:
-        """Whether an Unsqueeze puts its axes in front, which broadcasting would do anyway."""
-        outer, inner = self.calculus.shapes.shape(value), self.calculus.shapes.shape(operand)
-        if outer is None or inner is None or outer[len(outer) - len(inner) :] != inner:
+    def _only_broadcasts(self, operator: str, value: ir.Value, inputs: list[ir.Value]) -> bool:
+        """Whether a node only does what broadcasting would do anyway, or nothing."""
+        if operator == "Identity" or (operator == "Cast" and inputs[0].dtype == ir.DataType.BOOL == value.dtype):
+            return True
+        if operator not in ("Expand", "Unsqueeze"):
             return False
-        return all(dim.constant == 1 for dim in outer[: len(outer) - len(inner)])
+        outer, inner = self.calculus.shapes.shape(value), self.calculus.shapes.shape(inputs[0])
+        if outer is None or inner is None:
+            return False
+        if operator == "Expand":
+            return len(outer) == len(inner)
+        added = len(outer) - len(inner)
+        return outer[added:] == inner and all(dim.constant == 1 for dim in outer[:added])
 
     def parts(self, stated: Poly | None, usable: Callable[[Poly], bool]) -> MaskParts:
         """Decide on one offset; a band that does not fit it stays a mask."""

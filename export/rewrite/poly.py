@@ -56,7 +56,7 @@ class Poly:
         """`self / other` where that is exact for every positive value of the symbols; None where it is not."""
         if len(other.terms) != 1:
             return Poly.of(1) if self == other and other.terms else None
-        (divisor, factor), = other.terms
+        ((divisor, factor),) = other.terms
         terms: dict[Monomial, int] = {}
         for monomial, value in self.terms:
             rest = list(monomial)
@@ -91,7 +91,7 @@ class Poly:
             return self
         total = Poly()
         for monomial, factor in self.terms:
-            total += reduce(lambda product, name: product * values.get(name, Poly.symbol(name)), monomial, Poly.of(factor))
+            total += product(values.get(name, Poly.symbol(name)) for name in monomial) * factor
         return total
 
 

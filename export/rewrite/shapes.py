@@ -7,18 +7,22 @@ others by long detours (`batch*seq // batch`); what is needed of them here is wh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from export.rewrite.poly import Poly, parse, product
 
 Dims = tuple[Poly, ...]
 
-_ELEMENTWISE = frozenset(
-    "Add Sub Mul Div Pow Max Min Where And Or Not Equal Less LessOrEqual Greater GreaterOrEqual Cast Identity Neg Sqrt "
-    "Tanh Softmax IsNaN Dropout RotaryEmbedding Abs Exp Clip".split()
-)
+_ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Where", "And", "Or", "Not", "Neg", "Sqrt", "Tanh",
+                "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Cast", "Identity", "Softmax", "IsNaN",
+                "Dropout", "RotaryEmbedding", "Clip")  # fmt: skip
+_KEEPS_TYPE = ("Add", "Sub", "Mul", "Div", "Where", "Neg", "Identity", "Softmax", "Dropout", "RotaryEmbedding", "MatMul",
+               "Gemm", "Einsum", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand", "Tile", "Concat", "Slice", "Split",
+               "Gather", "LayerNormalization", "RMSNormalization", "Attention")  # fmt: skip
+_BOOLEAN = ("And", "Or", "Not", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "IsNaN")
 _LONGEST_VECTOR = 16  # a shape vector is short; anything longer is data
 
 
@@ -40,6 +44,19 @@ class Shapes:
         shape = self.shape(value)
         return None if shape is None else len(shape)
 
+    def dtype(self, value: ir.Value) -> ir.DataType | None:
+        """The element type, followed through operators that keep it where the graph does not state it."""
+        node = value.producer()
+        if value.dtype is not None or node is None or node.domain != "":
+            return value.dtype
+        if node.op_type in _BOOLEAN:
+            return ir.DataType.BOOL
+        if node.op_type == "Cast":
+            return ir.DataType(node.attributes.get_int("to", 0))
+        position = {"Where": 1}.get(node.op_type, 0)
+        source = node.inputs[position] if position < len(node.inputs) else None
+        return self.dtype(source) if source is not None and node.op_type in _KEEPS_TYPE else None
+
     def vector(self, value: ir.Value | None) -> Dims | None:
         """The elements of an integer scalar or short 1-D tensor that depends on constants and sizes only."""
         if value is None:
@@ -52,8 +69,9 @@ class Shapes:
     def integers(self, value: ir.Value | None) -> tuple[int, ...] | None:
         """Like `vector`, but only where every element is a number."""
         elements = self.vector(value)
-        numbers = None if elements is None else tuple(element.constant for element in elements)
-        return None if numbers is None or None in numbers else numbers  # type: ignore[return-value]
+        numbers = [element.constant for element in elements or ()]
+        known = tuple(number for number in numbers if number is not None)
+        return known if elements is not None and len(known) == len(numbers) else None
 
     def scalar(self, value: ir.Value | None) -> float | None:
         """The number held by a one-element tensor that depends on constants and fixed sizes only."""
@@ -90,7 +108,10 @@ class Shapes:
 
     def _computed_shape(self, value: ir.Value) -> Dims | None:
         node = value.producer()
-        if node is None:
+        array = constant_array(value) if node is None or node.op_type == "Constant" else None
+        if array is not None:
+            return tuple(Poly.of(size) for size in array.shape)
+        if node is None or node.domain != "":
             return None
         if node.op_type == "Reshape":
             return self._reshaped(node)
@@ -118,7 +139,7 @@ class Shapes:
             axis = node.attributes.get_int("axis", 0)
             joined = sum((shape[axis] for shape in known[1:]), known[0][axis])
             return tuple(joined if at == axis % len(first) else dim for at, dim in enumerate(first))
-        if node.op_type in _ELEMENTWISE and node.domain == "":
+        if node.op_type in _ELEMENTWISE:
             result = first if node.op_type in ("Dropout", "RotaryEmbedding", "Clip") else ()
             for shape in known if not result else ():
                 result = broadcast(result, shape, value)
@@ -153,7 +174,8 @@ class Shapes:
             return None
         if node.op_type == "Shape":
             shape = self.shape(node.inputs[0]) if node.inputs[0] is not None else None
-            return None if shape is None else shape[node.attributes.get_int("start", 0):][: _shape_end(node, len(shape))]
+            start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", None)
+            return None if shape is None else shape[start:end]
         if node.op_type in ("Squeeze", "Unsqueeze", "Identity", "Reshape"):
             elements = self.vector(node.inputs[0])
             return elements if elements is not None and (len(elements) == 1 or node.op_type == "Identity") else None
@@ -174,8 +196,9 @@ class Shapes:
             case "Slice":
                 return _sliced(known)
             case "Add" | "Sub" | "Mul" | "Div" if len({len(operand) for operand in known}) == 1:
-                results = tuple(_ARITHMETIC[node.op_type](a, b) for a, b in zip(*known, strict=True))
-                return None if None in results else results  # type: ignore[return-value]
+                results = [_ARITHMETIC[node.op_type](a, b) for a, b in zip(*known, strict=True)]
+                found = tuple(result for result in results if result is not None)
+                return found if len(found) == len(results) else None
         return None
 
 
@@ -195,14 +218,20 @@ def broadcast(left: Sequence[Poly], right: Sequence[Poly], owner: ir.Value) -> D
     return tuple(result)
 
 
-def constant_array(value: ir.Value):  # type: ignore[no-untyped-def]
+def constant_array(value: ir.Value) -> np.ndarray | None:
     """The NumPy array of an initializer that no caller can override, or of a Constant node; else None."""
     if value.is_graph_input():
         return None
+    if value.const_value is not None:
+        return value.const_value.numpy()
     node = value.producer()
-    if value.const_value is None and node is not None and node.op_type == "Constant" and "value" in node.attributes:
-        return node.attributes["value"].as_tensor().numpy()
-    return None if value.const_value is None else value.const_value.numpy()
+    if node is None or node.op_type != "Constant" or node.domain != "" or len(node.attributes) != 1:
+        return None
+    ((kind, attribute),) = node.attributes.items()
+    if kind == "value":
+        return attribute.as_tensor().numpy()
+    dtype = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
+    return np.asarray(attribute.value, dtype=dtype[kind]) if kind in dtype else None
 
 
 def axes_of(node: ir.Node, shapes: Shapes) -> tuple[int, ...] | None:
@@ -222,12 +251,6 @@ def _with_axes(shape: Dims, axes: Sequence[int], insert: bool) -> Dims:
     return tuple(Poly.of(1) if axis in new else next(old) for axis in range(rank))
 
 
-def _shape_end(node: ir.Node, rank: int) -> int:
-    start = node.attributes.get_int("start", 0)
-    end = node.attributes.get_int("end", rank)
-    return max(0, min(end + rank if end < 0 else end, rank) - (start + rank if start < 0 else start))
-
-
 def _sliced(operands: Sequence[Dims]) -> Dims | None:
     numbers = [[element.constant for element in operand] for operand in operands[1:]]
     if any(len(operand) != 1 or operand[0] is None for operand in numbers):
@@ -237,14 +260,14 @@ def _sliced(operands: Sequence[Dims]) -> Dims | None:
     return operands[0][start:end:step]
 
 
-_ARITHMETIC = {
+_ARITHMETIC: dict[str, Callable[[Poly, Poly], Poly | None]] = {
     "Add": lambda a, b: a + b,
     "Sub": lambda a, b: a - b,
     "Mul": lambda a, b: a * b,
     "Div": lambda a, b: a.divided_by(b),
 }
 
-_SCALAR = {
+_SCALAR: dict[str, Callable[..., float]] = {
     "Sqrt": math.sqrt,
     "Reciprocal": lambda x: 1 / x,
     "Neg": lambda x: -x,

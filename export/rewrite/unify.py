@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from export import op
-from export.rewrite.emit import _Writer, lowest
+from export.rewrite.emit import Writer, lowest
 from sparse_attention.errors import ModelError
 
 
@@ -27,7 +27,7 @@ def unify_inputs(nodes: Sequence[ir.Node]) -> None:
     biases = [inputs["bias"] for inputs in present if inputs.get("bias") is not None]
     as_mask = all(bias is not None and bias.dtype == ir.DataType.BOOL for bias in biases)
     for node, inputs in zip(nodes, present, strict=True):
-        write = _Writer(node, dict(node.metadata_props))
+        write = Writer(node, dict(node.metadata_props))
         bias = inputs.get("bias")
         if bias is not None and not as_mask and bias.dtype == ir.DataType.BOOL:
             dtype = _dtype(node)
@@ -52,7 +52,7 @@ def _dtype(node: ir.Node) -> ir.DataType:
     return q.dtype
 
 
-def _neutral(write: _Writer, node: ir.Node, name: str, as_mask: bool) -> ir.Value:
+def _neutral(write: Writer, node: ir.Node, name: str, as_mask: bool) -> ir.Value:
     q, k = node.inputs[0], node.inputs[1]
     assert q is not None and k is not None
     if name == "bias":
