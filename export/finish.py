@@ -64,8 +64,11 @@ def finish(
         inputs = [{**one, "threshold_scale": scale} for one in inputs]
     _fill_in(model.graph, nodes, inputs)
     features = _features(nodes, inputs, counts)
+    replaced: dict[ir.Value, ir.Value] = {}  # the output of one attention may be an input of the next
     for number, node in enumerate(nodes):
-        nodes[number] = _complete(model.graph, node, inputs[number], features)
+        given = {name: replaced.get(value, value) for name, value in inputs[number].items()}
+        nodes[number] = _complete(model.graph, node, given, features)
+        replaced[node.outputs[0]] = nodes[number].outputs[0]
     if counts:
         _add_counts(model.graph, nodes)
     model.graph.opset_imports[op.DOMAIN] = op.VERSION
@@ -178,7 +181,7 @@ def _complete(graph: ir.Graph, node: ir.Node, inputs: dict[str, ir.Value], featu
     out, new = node.outputs[0], complete.outputs[0]
     new.name, new.type, new.shape = out.name, out.type, out.shape
     graph.insert_before(node, [complete])
-    ir.convenience.replace_all_uses_with(out, new)
+    ir.convenience.replace_all_uses_with(out, new, replace_graph_outputs=True)
     if features.counts:
         heads = inputs["q"].shape[1] if inputs["q"].shape is not None else None
         complete.outputs[1].name = f"{node.name}.counts"

@@ -14,7 +14,6 @@ from export.rewrite.index_calculus import IndexCalculus
 from export.rewrite.match import AttentionMatch
 from export.rewrite.report import AttentionSite, Left, RefusalError, RewriteReport, Rewritten, Settings, site_of
 from export.rewrite.shapes import Shapes
-from export.rewrite.unify import unify_inputs
 from sparse_attention.errors import ConfigError
 from sparse_attention.patterns import ResolvedAttention
 
@@ -32,8 +31,8 @@ def rewrite_attention(
     An attention is a Softmax that feeds a product, or an ONNX `Attention` operator. K and V expanded for grouped-query
     attention are un-expanded, a mask that is proven causal becomes `is_causal` (see `index_calculus`), any other mask
     stays an input. The op's node carries all attributes of the contract and the metadata of what it replaces; nodes and
-    initializers that only the old attention used are removed, nothing else is touched. The function body is not
-    attached here.
+    initializers that only the old attention used are removed, nothing else is touched. The function body, and equal
+    inputs for nodes that differ, come afterwards from `export.finish`.
 
     Args:
         model: any ONNX model, changed in place.
@@ -60,6 +59,8 @@ def rewrite_attention(
             left.append(Left(site, "the configuration leaves it dense"))
             continue
         try:
+            if node.graph is not graph:
+                raise RefusalError("it is inside the branch of a control-flow operator")
             plan = check(_match(node, shapes, opset), shapes, calculus)
         except RefusalError as refusal:
             left.append(Left(site, str(refusal)))
@@ -85,7 +86,6 @@ def _apply(
         old.append(producer)
         replace(plan, resolved, shapes, written, unit=unit, name=site.node_name or site.module)
     remove_unused(old)
-    unify_inputs([node for node in model.graph.all_nodes() if node.domain == op.DOMAIN and node.op_type == op.OP_TYPE])
     model.graph.opset_imports[op.DOMAIN] = op.VERSION
 
 

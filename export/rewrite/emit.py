@@ -108,6 +108,10 @@ def _set_types(inputs: dict[str, ir.Value], plan: Plan) -> None:
     for name, value in inputs.items():
         if value.dtype is None:
             value.dtype = types.get(name, ir.DataType.INT32)
+    heads = plan.match.heads if plan.match.layout in ("NSD", "BSE") else (1, 1)
+    for name, count in zip(("q", "k", "v"), (heads[0], heads[1], heads[1]), strict=True):
+        if inputs[name].shape is None and plan.match.layout != "BHSD":
+            inputs[name].shape = ir.Shape([None, count, None, None])
 
 
 def _to_heads(write: Writer, operand: Operand, plan: Plan, which: int) -> ir.Value:

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
+from export.signatures import ADAPTED
 from sparse_attention.patterns import ResolvedAttention
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -101,7 +102,8 @@ def site_of(node: ir.Node) -> AttentionSite:
     """The site of a node, from the metadata the PyTorch exporter leaves on it."""
     scopes, classes = (_list(node.metadata_props.get(key, "")) for key in (_SCOPES, _CLASSES))
     # the last entry names the operator itself, and the first, "", the whole model
-    modules = [(name, class_name) for name, class_name in zip(scopes[:-1], classes[:-1], strict=False) if name]
+    names = ("" if name == ADAPTED else name.removeprefix(f"{ADAPTED}.") for name in scopes[:-1])
+    modules = [(name, class_name) for name, class_name in zip(names, classes[:-1], strict=False) if name]
     return AttentionSite(
         node_name=node.name or "",
         op_type=node.op_type,

@@ -18,8 +18,9 @@ Dims = tuple[Poly, ...]
 
 _ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Where", "And", "Or", "Not", "Neg", "Sqrt", "Tanh",
                 "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Cast", "Identity", "Softmax", "IsNaN",
-                "Dropout", "RotaryEmbedding", "Clip")  # fmt: skip
-_KEEPS_TYPE = ("Add", "Sub", "Mul", "Div", "Where", "Neg", "Identity", "Softmax", "Dropout", "RotaryEmbedding", "MatMul",
+                "Dropout", "RotaryEmbedding", "Clip", "Trilu", "CumSum")  # fmt: skip
+_LIKE_FIRST = ("Dropout", "RotaryEmbedding", "Clip", "Trilu", "CumSum")
+_KEEPS_TYPE = ("Trilu", "Add", "Sub", "Mul", "Div", "Where", "Neg", "Identity", "Softmax", "Dropout", "RotaryEmbedding", "MatMul",
                "Gemm", "Einsum", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand", "Tile", "Concat", "Slice", "Split",
                "Gather", "LayerNormalization", "RMSNormalization", "Attention")  # fmt: skip
 _BOOLEAN = ("And", "Or", "Not", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "IsNaN")
@@ -126,9 +127,19 @@ class Shapes:
         if node.op_type in ("Unsqueeze", "Squeeze"):
             axes = axes_of(node, self)
             return None if axes is None else _with_axes(first, axes, node.op_type == "Unsqueeze")
+        if node.op_type == "Range":
+            ends = [self.vector(operand) for operand in node.inputs]
+            if None not in ends and ends[2] == (Poly.of(1),) and ends[0] and ends[1]:
+                return (ends[1][0] - ends[0][0],)
+            return (Poly.symbol(f"?{value.name}.0"),)
+        if node.op_type == "Slice":
+            return self._sliced_shape(node, first)
         if node.op_type == "Expand":
             target = self.vector(node.inputs[1])
             return None if target is None else broadcast(first, target, value)
+        if node.op_type == "Tile":
+            times = self.vector(node.inputs[1])
+            return None if times is None else tuple(a * b for a, b in zip(first, times, strict=True))
         if any(shape is None for shape in shapes):
             return None
         known = [shape for shape in shapes if shape is not None]
@@ -140,11 +151,23 @@ class Shapes:
             joined = sum((shape[axis] for shape in known[1:]), known[0][axis])
             return tuple(joined if at == axis % len(first) else dim for at, dim in enumerate(first))
         if node.op_type in _ELEMENTWISE:
-            result = first if node.op_type in ("Dropout", "RotaryEmbedding", "Clip") else ()
+            result = first if node.op_type in _LIKE_FIRST else ()
             for shape in known if not result else ():
                 result = broadcast(result, shape, value)
             return result
         return None
+
+    def _sliced_shape(self, node: ir.Node, source: Dims) -> Dims:
+        """The rank is kept; a sliced axis is as long as it was only where that is certain."""
+        axes = self.integers(node.inputs[3]) if len(node.inputs) > 3 else None
+        starts, ends = (self.vector(operand) for operand in node.inputs[1:3])
+        axes = tuple(range(len(source))) if axes is None else axes
+        dims = list(source)
+        for position, axis in enumerate(axes):
+            bounds = None if starts is None or ends is None else (starts[position].constant, ends[position].constant)
+            if bounds is None or bounds[0] != 0 or bounds[1] is None or bounds[1] < np.iinfo(np.int32).max:
+                dims[axis % len(source)] = Poly.symbol(f"?{node.outputs[0].name}.{axis % len(source)}")
+        return tuple(dims)
 
     def _reshaped(self, node: ir.Node) -> Dims | None:
         source = self.shape(node.inputs[0]) if node.inputs[0] is not None else None
