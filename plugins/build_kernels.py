@@ -1,0 +1,159 @@
+"""Compiles the attention kernels to cubins, without a GPU, and writes a manifest of them.
+
+    python plugins/build_kernels.py --output build/kernels [--only REGEX] [--jobs N]
+
+Needs `triton==3.9.0` (Gluon's interface changes between releases) and nothing of CUDA. Fails if a kernel spills more
+registers than its specialisation allows, or if ptxas reports that it serialised the tensor-core instructions (C75xx).
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "kernels"))
+
+from specifications import Specialisation, all_specialisations  # noqa: E402
+
+TRITON_VERSION = "3.9.0"
+MANIFEST_VERSION = 1
+
+# Arguments after the four tensor maps, in the kernel's order. csrc/launch.cpp fills them by this list.
+POINTERS = (
+    "kv_lengths:*i32 q_start:*i32 q_lengths:*i32 threshold_scale:*fp32 sinks:*T counts:*i32 lse:*fp32 counter:*i32"
+)
+SCALARS = (
+    "given:i32 heads_q:i32 group:i32 seq_q:i32 seq_k:i32 row_blocks:i32 heads:i32 section:i32 scale_log2:fp32 "
+    "threshold:fp32 threshold_factor:fp32 window:i32 softcap_log2:fp32 softcap_rate:fp32 bias:*T bias_bool:*u8 "
+    "bias_batch:i64 bias_head:i64 bias_row:i64 bias_column:i64"
+)
+
+
+class BuildError(RuntimeError):
+    """A kernel that must not be shipped."""
+
+
+def _signature(spec: Specialisation, gl: Any) -> tuple[dict[str, str], dict[str, object]]:
+    layout = gl.NVMMASharedLayout(128, 16, 4)
+
+    def descriptor(rows: int) -> str:
+        return f"tensordesc<{spec.dtype}[1,1,{rows},{spec.head}],{layout!r}>"
+
+    tensors = {"q": 64, "k": spec.columns, "v": spec.columns, "o": 64}
+    signature = {name: descriptor(rows) for name, rows in tensors.items()}
+    for entry in f"{POINTERS} {SCALARS}".split():
+        name, kind = entry.split(":")
+        signature[name] = kind.replace("T", spec.dtype)
+    constants: dict[str, object] = {
+        "DTYPE": gl.float16 if spec.dtype == "fp16" else gl.bfloat16, "HEAD": spec.head, "GROUPS": spec.groups,
+        "COLUMNS": spec.columns, "STAGES": spec.stages, "SCHEDULE": spec.schedule, "CAUSAL": spec.causal,
+        "JOINT": spec.joint, "O_IN_Q": spec.output_in_q, "CONSUMER_REGISTERS": spec.registers,
+    }  # fmt: skip
+    signature.update(dict.fromkeys(constants, "constexpr"))
+    return signature, constants
+
+
+def compile_kernel(spec: Specialisation, output: Path) -> dict[str, Any]:
+    """Compiles one specialisation to `output/<name>.cubin` and returns its line of the manifest.
+
+    Raises:
+        BuildError: too many spilled bytes, or serialised tensor-core instructions.
+    """
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import GluonASTSource
+    from triton.experimental.gluon import language as gl
+
+    if triton.__version__ != TRITON_VERSION:
+        raise BuildError(f"triton is {triton.__version__}; the kernels need exactly {TRITON_VERSION}")
+    from hopper_prefill import prefill
+
+    signature, constants = _signature(spec, gl)
+    log = io.StringIO()
+    with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
+        triton.knobs.cache.dir = cache  # a cached kernel would come without the log of ptxas
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.disable_line_info = True
+        with contextlib.redirect_stdout(log):
+            kernel = triton.compile(
+                GluonASTSource(prefill, signature, constants, {}), target=GPUTarget("cuda", 90, 32),
+                options={"num_warps": 4, "enable_fp_fusion": True},
+            )  # fmt: skip
+    text = log.getvalue()
+    spilled = max([int(n) for n in re.findall(r"(\d+) bytes spill stores", text)], default=-1)
+    if spilled < 0:
+        raise BuildError(f"{spec.name}: no report from ptxas\n{text}")
+    if spilled > spec.spills and not os.environ.get("BSA_ACCEPT_SPILLS"):  # for experiments
+        raise BuildError(f"{spec.name}: {spilled} bytes spilled, {spec.spills} are accepted")
+    serialised = [line for line in text.splitlines() if re.search(r"C75\d\d", line)]
+    if serialised:
+        raise BuildError(f"{spec.name}: ptxas serialised the tensor-core instructions\n{serialised[0]}")
+    cubin = kernel.asm["cubin"]
+    (output / f"{spec.name}.cubin").write_bytes(cubin)
+    threads = re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])
+    registers = re.search(r"Used (\d+) registers", text)
+    assert threads and registers
+    return {
+        **asdict(spec), "name": spec.name, "architecture": "sm_90a", "entry": kernel.metadata.name,
+        "file": f"{spec.name}.cubin", "bytes": len(cubin), "threads": int(threads[1]),
+        "shared_bytes": kernel.metadata.shared, "registers_at_entry": int(registers[1]), "spilled_bytes": spilled,
+        "boxes": [[d["block_size"][-2], d["block_size"][-1]] for d in kernel.metadata.tensordesc_meta],
+    }  # fmt: skip
+
+
+def _compile(arguments: tuple[Specialisation, Path]) -> dict[str, Any]:
+    return compile_kernel(*arguments)
+
+
+def build(specs: list[Specialisation], output: Path, jobs: int) -> dict[str, Any]:
+    """Compiles `specs` and writes `manifest.json`; returns the manifest."""
+    output.mkdir(parents=True, exist_ok=True)
+    kernels = []
+    with concurrent.futures.ProcessPoolExecutor(max_workers=jobs) as pool:
+        for line in pool.map(_compile, [(spec, output) for spec in specs]):
+            kernels.append(line)
+            print(f"{line['name']:45s} {line['bytes'] // 1024:5d} KiB  {line['shared_bytes']:6d} B shared  "
+                  f"{line['spilled_bytes']:4d} B spilled", flush=True)  # fmt: skip
+    manifest = {
+        "version": MANIFEST_VERSION, "triton": TRITON_VERSION, "arguments": f"{POINTERS} {SCALARS}".split(),
+        "kernels": kernels,
+    }  # fmt: skip
+    (output / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder for the cubins and manifest.json")
+    parser.add_argument("--only", default="", help="regular expression on the kernels' names")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    arguments = parser.parse_args()
+    specs = [spec for spec in all_specialisations() if re.search(arguments.only, spec.name)]
+    if not specs:
+        parser.error(f"no kernel matches {arguments.only!r}")
+    if arguments.list:
+        print("\n".join(spec.name for spec in specs))
+        return 0
+    try:
+        build(specs, arguments.output, arguments.jobs)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+#include "select.h"
+
+#include <cmath>
+#include <cstdint>
+
+namespace bsa {
+namespace {
+
+constexpr int kMAX_HEAD = 256;
+constexpr int kTILE_COLUMNS = 128;
+
+std::string number(std::int64_t value)
+{
+    return std::to_string(value);
+}
+
+bool alignedStrides(std::int64_t const* stride, int batch, int heads, int sequence)
+{
+    // The copy engine needs strides that are multiples of 16 bytes; a dimension of one element is never stepped over.
+    return (batch == 1 || stride[0] % 8 == 0) && (heads == 1 || stride[1] % 8 == 0)
+        && (sequence == 1 || stride[2] % 8 == 0);
+}
+
+bool alignedAddress(void const* address)
+{
+    return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
+}
+
+Kernel const* find(int dtype, int headSize, char role, bool causal, bool joint)
+{
+    for (std::size_t i = 0; i < kKERNEL_COUNT; ++i)
+    {
+        Kernel const& kernel = kKERNELS[i];
+        if (kernel.dtype == dtype && kernel.head == headSize && kernel.role == role
+            && (role == 'g' || kernel.causal == causal) && (role == 'd' || kernel.joint == joint))
+        {
+            return &kernel;
+        }
+    }
+    return nullptr;
+}
+
+} // namespace
+
+bool validate(bsa_params const& p, std::string& reason)
+{
+    if (p.batch < 0 || p.heads_q <= 0 || p.heads_k <= 0 || p.seq_q < 0 || p.seq_k < 0 || p.head_dim <= 0
+        || p.head_dim_v <= 0)
+    {
+        reason = "a size is negative or zero";
+    }
+    else if (p.heads_q % p.heads_k != 0)
+    {
+        reason = "heads_q " + number(p.heads_q) + " is no multiple of heads_k " + number(p.heads_k);
+    }
+    else if (p.dtype != BSA_FLOAT16 && p.dtype != BSA_BFLOAT16)
+    {
+        reason = "dtype " + number(p.dtype) + " is neither BSA_FLOAT16 nor BSA_BFLOAT16";
+    }
+    else if (p.bias_kind < BSA_BIAS_NONE || p.bias_kind > BSA_BIAS_BOOL)
+    {
+        reason = "bias_kind " + number(p.bias_kind) + " is unknown";
+    }
+    else if ((p.bias_kind != BSA_BIAS_NONE) != (p.bias != nullptr))
+    {
+        reason = "bias and bias_kind contradict each other";
+    }
+    else if (!(p.scale > 0.0F) || !std::isfinite(p.scale) || !(p.softcap >= 0.0F) || p.window < 0)
+    {
+        reason = "scale must be positive and finite, softcap and window not negative";
+    }
+    else
+    {
+        return true;
+    }
+    return false;
+}
+
+bool choose(bsa_params const& p, Choice& choice, std::string& reason)
+{
+    choice = Choice{};
+    bool const decode = p.seq_q == 1;
+    if (p.bc != kTILE_COLUMNS || (!decode && p.br != 64 && p.br != 128))
+    {
+        reason = "tiles of " + number(p.br) + " x " + number(p.bc)
+            + " are not compiled; supported are 64 x 128 and 128 x 128 (1 x 128 where seq_q is 1)";
+        return false;
+    }
+    if (p.unit != BSA_UNIT_HEAD && p.heads_q != p.heads_k)
+    {
+        reason = "unit \"group\" is not compiled for grouped heads; use unit \"head\"";
+        return false;
+    }
+    int const widest = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
+    if (widest > kMAX_HEAD || p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0)
+    {
+        reason = "head sizes " + number(p.head_dim) + " and " + number(p.head_dim_v)
+            + " must be multiples of 8 and at most " + number(kMAX_HEAD);
+        return false;
+    }
+    if (!alignedStrides(p.q_stride, p.batch, p.heads_q, p.seq_q) || !alignedStrides(p.k_stride, p.batch, p.heads_k, p.seq_k)
+        || !alignedStrides(p.v_stride, p.batch, p.heads_k, p.seq_k)
+        || !alignedStrides(p.o_stride, p.batch, p.heads_q, p.seq_q))
+    {
+        reason = "strides of q, k, v and o must be multiples of 8 elements";
+        return false;
+    }
+    if (!alignedAddress(p.q) || !alignedAddress(p.k) || !alignedAddress(p.v) || !alignedAddress(p.o))
+    {
+        reason = "q, k, v and o must be 16-byte aligned";
+        return false;
+    }
+    int const headSize = widest <= 64 ? 64 : widest <= 128 ? 128 : 256;
+    // A single row is its own row block, so 64 rows of which one exists decide exactly as 1 x 128.
+    bool const joint = !decode && p.br == 128;
+    bool const general = p.bias_kind != BSA_BIAS_NONE || p.window > 0 || p.softcap > 0.0F;
+    bool const causal = p.is_causal != 0;
+    if (general)
+    {
+        choice.sparse = find(p.dtype, headSize, 'g', causal, joint);
+    }
+    else
+    {
+        bool const calibrated = p.threshold_factor > 0.0F;
+        bool const neverSkips = !calibrated && !(p.threshold > 0.0F && (p.threshold_scale != nullptr || p.threshold < 1.0F));
+        // a positive threshold may still become zero by the scale, and 1 or more by a short length
+        bool const mayBeDense = p.threshold_scale != nullptr || calibrated;
+        if (!neverSkips)
+        {
+            choice.sparse = find(p.dtype, headSize, 's', causal, joint);
+        }
+        if (neverSkips || mayBeDense)
+        {
+            choice.dense = find(p.dtype, headSize, 'd', causal, joint);
+        }
+        if ((!neverSkips && choice.sparse == nullptr) || ((neverSkips || mayBeDense) && choice.dense == nullptr))
+        {
+            choice = Choice{};
+        }
+    }
+    if (choice.sparse == nullptr && choice.dense == nullptr)
+    {
+        reason = "the kernel for head size " + number(headSize) + " was left out when this library was built";
+        return false;
+    }
+    return true;
+}
+
+} // namespace bsa

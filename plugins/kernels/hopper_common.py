@@ -1,0 +1,262 @@
+"""What every warp of the Hopper prefill kernel shares: the call, the shared memory, and the way work is handed out.
+
+A CTA is persistent. Its producer warp takes work items (one batch entry, one query head, one block of query rows) from a
+counter in device memory, announces each to the consumer warpgroups and streams Q, K and V through shared memory with the
+copy engine (TMA); each consumer warpgroup owns 64 query rows. Barriers live across items, so the loads of the next item
+overlap the last products and the epilogue of the current one.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+BLOCK_ROWS = gl.constexpr(64)  # query rows of one consumer warpgroup: the M of a wgmma
+TILE_COLUMNS = gl.constexpr(128)  # key columns of a decision, whatever the width of a loaded tile
+VOTE_SLOTS = gl.constexpr(8)  # tiles by which the warpgroups of a joint decision may drift apart, and more
+NEVER_VOTES = gl.constexpr(1e30)  # running maximum of a row outside the tensor: nothing comes near it
+ALWAYS_KEEP = gl.constexpr(-1e29)  # log2 of a zero threshold; above -NEVER_VOTES, so that such rows still do not vote
+
+# bits of Call.given
+HAS_KV_LENGTHS = gl.constexpr(1)
+HAS_Q_START = gl.constexpr(2)
+HAS_Q_LENGTHS = gl.constexpr(4)
+HAS_THRESHOLD_SCALE = gl.constexpr(8)
+HAS_SINKS = gl.constexpr(16)
+HAS_COUNTS = gl.constexpr(32)
+HAS_LSE = gl.constexpr(64)
+HAS_COUNTER = gl.constexpr(128)
+HAS_ADDITIVE_BIAS = gl.constexpr(256)
+HAS_BOOL_BIAS = gl.constexpr(512)
+IS_CAUSAL = gl.constexpr(4096)  # read by the general kernel only; the others are compiled for either
+RUN_WHERE_DENSE = gl.constexpr(1024)  # this launch computes only batch entries whose threshold is zero
+RUN_WHERE_SPARSE = gl.constexpr(2048)  # this launch computes only batch entries whose threshold is not zero
+
+
+@gluon.jit
+def arrive_warp(barrier):
+    """One arrival per warp, without the warpgroup-wide barrier that `mbarrier.arrive` would put in front of it."""
+    gl.inline_asm(
+        "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0;"
+        " bar.warp.sync 0xffffffff; @first mbarrier.arrive.shared::cta.b64 _, [$0]; }",
+        ("r",), [barrier], (), is_pure=False,
+    )  # fmt: skip
+
+
+@gluon.aggregate
+class Call:
+    """The arguments of one launch."""
+
+    q: tma.tensor_descriptor
+    k: tma.tensor_descriptor
+    v: tma.tensor_descriptor
+    o: tma.tensor_descriptor
+    kv_lengths: gl.tensor
+    q_start: gl.tensor
+    q_lengths: gl.tensor
+    threshold_scale: gl.tensor
+    sinks: gl.tensor
+    counts: gl.tensor
+    lse: gl.tensor
+    counter: gl.tensor
+    given: gl.tensor
+    heads_q: gl.tensor
+    group: gl.tensor
+    seq_q: gl.tensor
+    seq_k: gl.tensor
+    row_blocks: gl.tensor
+    heads: gl.tensor  # batch * heads_q
+    section: gl.tensor  # heads worked on at the same time, so that their K and V stay in L2
+    scale_log2: gl.tensor  # scale * log2(e)
+    threshold: gl.tensor
+    threshold_factor: gl.tensor
+    window: gl.tensor
+    softcap_log2: gl.tensor  # softcap * log2(e)
+    softcap_rate: gl.tensor  # 2 * log2(e) * scale / softcap
+    bias: gl.tensor
+    bias_bool: gl.tensor  # the same address, as bytes
+    bias_batch: gl.tensor
+    bias_head: gl.tensor
+    bias_row: gl.tensor
+    bias_column: gl.tensor
+    GROUPS: gl.constexpr  # consumer warpgroups
+    COLUMNS: gl.constexpr  # key columns of a loaded tile
+    HEAD: gl.constexpr  # head size in shared memory; narrower heads are zero-filled by the copy engine
+    STAGES: gl.constexpr  # power of two
+    CAUSAL: gl.constexpr
+    GENERAL: gl.constexpr  # window, softcap and bias are possible, and causality is asked for at run time
+    JOINT: gl.constexpr  # decide 64 * GROUPS rows together instead of 64
+
+    @gluon.jit
+    def has(self, BIT: gl.constexpr):
+        return (self.given & BIT) != 0
+
+
+@gluon.aggregate
+class Item:
+    """One block of query rows of one head, and what it can see."""
+
+    batch: gl.tensor
+    head: gl.tensor
+    row0: gl.tensor
+    q_end: gl.tensor  # first row that does not exist
+    q_start: gl.tensor  # key position of row 0
+    kv_end: gl.tensor
+    first: gl.tensor  # first tile that some row sees
+    tiles: gl.tensor  # loaded tiles, at least one: an item that sees nothing computes one masked tile and stores zeros
+    log2_threshold: gl.tensor
+    active: gl.tensor  # whether this launch computes the item
+
+    @gluon.jit
+    def visible_columns(self, call, row):
+        """Number of leading key columns that `row` sees, windows and biases aside."""
+        everything = self.kv_end + row * 0  # of the shape of `row`
+        causal = gl.maximum(gl.minimum(self.kv_end, row + self.q_start + 1), 0)
+        if call.GENERAL:
+            return gl.where(call.has(IS_CAUSAL), causal, everything)
+        elif call.CAUSAL:
+            return causal
+        else:
+            return everything
+
+
+@gluon.aggregate
+class Shared:
+    """Shared memory and its barriers.
+
+    `*_full`: filled by the copy engine. `*_free`: no longer read; every consumer warp arrives for itself.
+    """
+
+    q: gl.shared_memory_descriptor
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    o: gl.shared_memory_descriptor
+    item: gl.shared_memory_descriptor
+    votes: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor
+    q_free: gl.shared_memory_descriptor
+    k_full: gl.shared_memory_descriptor
+    k_free: gl.shared_memory_descriptor
+    v_full: gl.shared_memory_descriptor
+    v_free: gl.shared_memory_descriptor
+    v_clean: gl.shared_memory_descriptor  # keys beyond kv_lengths have been zeroed in the last tile of V
+    item_full: gl.shared_memory_descriptor
+    item_free: gl.shared_memory_descriptor
+    turn: gl.shared_memory_descriptor  # whose products are issued next
+    voted: gl.shared_memory_descriptor
+
+    @gluon.jit
+    def publish_item(self, sequence, item):
+        slot = sequence % 2
+        mbarrier.wait(self.item_free.index(slot), ((sequence // 2) & 1) ^ 1)
+        # one thread stores and arrives: the arrival releases its own store
+        gl.inline_asm(
+            "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %tid.x; and.b32 lane, lane, 127;"
+            " setp.eq.u32 first, lane, 0; @first st.shared.b32 [$0], $1;"
+            " @first mbarrier.arrive.shared::cta.b64 _, [$2]; }",
+            ("r", "r", "r"), [self.item.index(slot), item, self.item_full.index(slot)], (), is_pure=False,
+        )  # fmt: skip
+
+    @gluon.jit
+    def receive_item(self, sequence):
+        slot = sequence % 2
+        mbarrier.wait(self.item_full.index(slot), (sequence // 2) & 1)
+        item = gl.inline_asm("ld.shared.b32 $0, [$1];", ("=r", "r"), [self.item.index(slot)], gl.int32, is_pure=False)
+        arrive_warp(self.item_free.index(slot))
+        return item
+
+
+@gluon.jit
+def log2_threshold(call, batch, kv_end):
+    """log2 of the threshold of a batch entry; ALWAYS_KEEP where it is zero or means dense."""
+    value = call.threshold
+    if call.threshold_factor > 0:
+        value = call.threshold_factor / kv_end.to(gl.float32)
+    if call.has(HAS_THRESHOLD_SCALE):
+        value = value * gl.load(call.threshold_scale)
+    result = gl.to_tensor(ALWAYS_KEEP)
+    if value > 0:
+        if value < 1:
+            result = gl.log2(value)
+    return result
+
+
+@gluon.jit
+def unpack_item(call, index):
+    """Order of the work: full attention head by head; causal longest block first within a section of heads."""
+    if call.CAUSAL:
+        first = index // (call.section * call.row_blocks) * call.section
+        width = gl.minimum(call.section, call.heads - first)
+        place = index - first * call.row_blocks
+        head = first + place % width
+        block = call.row_blocks - 1 - place // width
+    else:
+        head = index // call.row_blocks
+        block = index % call.row_blocks
+    batch = head // call.heads_q
+    ROWS: gl.constexpr = call.GROUPS * BLOCK_ROWS
+    row0 = block * ROWS
+    kv_end = call.seq_k
+    q_end = call.seq_q
+    q_start = call.seq_k - call.seq_q
+    if call.has(HAS_KV_LENGTHS):
+        kv_end = gl.maximum(gl.minimum(gl.load(call.kv_lengths + batch), kv_end), 0)
+    if call.has(HAS_Q_LENGTHS):
+        q_end = gl.minimum(gl.load(call.q_lengths + batch), q_end)
+    if call.has(HAS_Q_START):
+        q_start = gl.load(call.q_start + batch)
+    threshold = log2_threshold(call, batch, kv_end)
+    active = gl.to_tensor(1)
+    if call.has(RUN_WHERE_DENSE):
+        active = (threshold == ALWAYS_KEEP).to(gl.int32)
+    if call.has(RUN_WHERE_SPARSE):
+        active = (threshold != ALWAYS_KEEP).to(gl.int32)
+    none = gl.to_tensor(0)
+    item = Item(batch, head % call.heads_q, row0, q_end, q_start, kv_end, none, none, threshold, active)
+    first = none
+    if call.GENERAL:
+        if call.window > 0:
+            first = gl.maximum(row0 + q_start - call.window + 1, 0) // call.COLUMNS
+    end = gl.cdiv(item.visible_columns(call, gl.minimum(row0 + ROWS, q_end) - 1), call.COLUMNS)
+    tiles = gl.where(row0 < q_end, gl.maximum(end - first, 1), 1)
+    return Item(batch, head % call.heads_q, row0, q_end, q_start, kv_end, first, tiles, threshold, active)
+
+
+@gluon.jit
+def load_tile(desc, batch, head, row, full, slot, COLUMNS: gl.constexpr, HEAD: gl.constexpr):
+    mbarrier.expect(full, COLUMNS * HEAD * 2)
+    tma.async_load(desc, [batch, head, row, 0], full, slot)
+
+
+@gluon.jit
+def produce(call, shared):
+    """The producer warps: hand out items and streams their tiles."""
+    sequence = 0
+    tile = 0  # tiles streamed so far; its low bits are the place in the ring
+    index = gl.program_id(0)
+    items = call.heads * call.row_blocks
+    while index < items:
+        item = unpack_item(call, index)
+        if item.active != 0:
+            shared.publish_item(sequence, index)
+            kv_head = item.head // call.group
+            for j in range(item.tiles):
+                slot = tile % call.STAGES
+                free = ((tile // call.STAGES) & 1) ^ 1
+                mbarrier.wait(shared.k_free.index(slot), free)
+                load_tile(call.k, item.batch, kv_head, (item.first + j) * call.COLUMNS, shared.k_full.index(slot),
+                          shared.k.index(slot), call.COLUMNS, call.HEAD)  # fmt: skip
+                if j == 0:
+                    for group in gl.static_range(call.GROUPS):
+                        mbarrier.wait(shared.q_free.index(group), (sequence & 1) ^ 1)
+                        load_tile(call.q, item.batch, item.head, item.row0 + group * BLOCK_ROWS,
+                                  shared.q_full.index(group), shared.q.index(group), BLOCK_ROWS, call.HEAD)  # fmt: skip
+                mbarrier.wait(shared.v_free.index(slot), free)
+                load_tile(call.v, item.batch, kv_head, (item.first + j) * call.COLUMNS, shared.v_full.index(slot),
+                          shared.v.index(slot), call.COLUMNS, call.HEAD)  # fmt: skip
+                tile += 1
+            sequence += 1
+        if call.has(HAS_COUNTER):
+            index = gl.num_programs(0) + gl.atomic_add(call.counter, 1)
+        else:
+            index += gl.num_programs(0)
+    shared.publish_item(sequence, items)

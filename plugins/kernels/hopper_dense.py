@@ -1,0 +1,116 @@
+"""Dense schedule: the product of tile j with K and of tile j-1 with V are in flight together (FlashAttention-3).
+
+The softmax of tile j runs while the tensor cores compute P(j-1) V(j-1); the warpgroups take turns in issuing, so that one
+computes exponentials while the other's products run.
+"""
+
+from hopper_common import BLOCK_ROWS, arrive_warp, unpack_item
+from hopper_softmax import (
+    add_counts,
+    as_operand,
+    clean_values,
+    existing_tiles,
+    exponentials,
+    first_maximum,
+    hide_columns,
+    no_sums,
+    rescale,
+    rows_layout,
+    scores_layout,
+    store_output,
+)
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+
+@gluon.jit
+def _step(call, shared, item, visible, operand, acc, m, l, tile, j, turn, MASKED: gl.constexpr, GROUP: gl.constexpr,
+          DTYPE: gl.constexpr):  # fmt: skip
+    slot = tile % call.STAGES
+    before = (tile - 1) % call.STAGES
+    zeros = gl.full([BLOCK_ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
+    mbarrier.wait(shared.k_full.index(slot), (tile // call.STAGES) & 1)
+    mbarrier.wait(shared.turn.index(GROUP), (turn & 1) ^ (1 if GROUP == 0 else 0))
+    scores_token = warpgroup_mma(shared.q.index(GROUP), shared.k.index(slot).permute((1, 0)), zeros, use_acc=False,
+                                 is_async=True)  # fmt: skip
+    acc_token = warpgroup_mma(operand, shared.v.index(before), acc, is_async=True)
+    arrive_warp(shared.turn.index((GROUP + 1) % call.GROUPS))
+    scores = warpgroup_mma_wait(1, deps=(scores_token,))
+    arrive_warp(shared.k_free.index(slot))
+    if MASKED:
+        scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
+    tile_maximum = gl.max(scores, 1) * call.scale_log2
+    p, alpha, m, l = exponentials(scores, call.scale_log2, m, tile_maximum, l, call.COLUMNS)
+    EARLY: gl.constexpr = call.GROUPS == 2  # three warpgroups leave no registers for a second operand
+    if EARLY:
+        following = as_operand(p, acc, DTYPE)
+    # Waiting here for the V tile of the next step keeps the exponentials in front of the wait for the products: without a
+    # branch between them ptxas moves the exponentials behind that wait, and nothing overlaps.
+    mbarrier.wait(shared.v_full.index(slot), (tile // call.STAGES) & 1)
+    if EARLY:
+        acc, operand, following = warpgroup_mma_wait(0, deps=(acc_token, operand, following))
+    else:
+        acc, operand = warpgroup_mma_wait(0, deps=(acc_token, operand))
+        following = as_operand(p, acc, DTYPE)
+    arrive_warp(shared.v_free.index(before))
+    return following, rescale(acc, alpha), m, l
+
+
+@gluon.jit
+def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q: gl.constexpr):
+    """One consumer warpgroup: 64 rows of every item."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.HEAD, 16])
+    sequence = 0
+    base = 0
+    turn = 0
+    cleaned = 0
+    index = shared.receive_item(sequence)
+    while index < call.heads * call.row_blocks:
+        item = unpack_item(call, index)
+        first_row = item.row0 + GROUP * BLOCK_ROWS
+        rows = first_row + gl.arange(0, BLOCK_ROWS, rows_layout(call.COLUMNS))
+        visible = item.visible_columns(call, rows)
+        whole = item.visible_columns(call, first_row) // call.COLUMNS  # tiles that need no mask
+
+        slot = base % call.STAGES
+        zeros = gl.full([BLOCK_ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
+        mbarrier.wait(shared.q_full.index(GROUP), sequence & 1)
+        mbarrier.wait(shared.k_full.index(slot), (base // call.STAGES) & 1)
+        token = warpgroup_mma(shared.q.index(GROUP), shared.k.index(slot).permute((1, 0)), zeros, use_acc=False,
+                              is_async=True)  # fmt: skip
+        scores = warpgroup_mma_wait(0, deps=(token,))
+        arrive_warp(shared.k_free.index(slot))
+        if whole == 0:
+            scores = hide_columns(scores, 0, visible, call.COLUMNS)
+        tile_maximum = gl.max(scores, 1) * call.scale_log2
+        p, alpha, m, l = exponentials(scores, call.scale_log2, first_maximum(item, rows), tile_maximum,
+                                      no_sums(call.COLUMNS), call.COLUMNS)  # fmt: skip
+        acc = gl.full([BLOCK_ROWS, call.HEAD], 0.0, gl.float32, ACC)
+        operand = as_operand(p, acc, DTYPE)
+        mbarrier.wait(shared.v_full.index(slot), (base // call.STAGES) & 1)
+
+        whole = gl.maximum(gl.minimum(whole, item.tiles), 1)
+        for j in range(1, whole):
+            operand, acc, m, l = _step(call, shared, item, visible, operand, acc, m, l, base + j, j, turn, False, GROUP,
+                                       DTYPE)  # fmt: skip
+            turn += 1
+        for j in range(whole, item.tiles):
+            operand, acc, m, l = _step(call, shared, item, visible, operand, acc, m, l, base + j, j, turn, True, GROUP,
+                                       DTYPE)  # fmt: skip
+            turn += 1
+
+        if not O_IN_Q:
+            arrive_warp(shared.q_free.index(GROUP))
+        last = base + item.tiles - 1
+        slot = last % call.STAGES
+        cleaned = clean_values(call, shared, item, slot, cleaned, GROUP)
+        token = warpgroup_mma(operand, shared.v.index(slot), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(token,))
+        arrive_warp(shared.v_free.index(slot))
+
+        store_output(call, shared, item, acc, m, l, rows, DTYPE, GROUP, O_IN_Q)
+        add_counts(call, item, 0, existing_tiles(call, item, GROUP), GROUP)
+        base += item.tiles
+        sequence += 1
+        index = shared.receive_item(sequence)

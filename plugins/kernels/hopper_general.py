@@ -1,0 +1,104 @@
+"""General schedule: soft-cap, window, additive bias or boolean mask; every tile is masked element by element.
+
+Slower than the others and complete: whatever the specialised kernels leave out runs here, with the same decisions.
+"""
+
+from hopper_common import (
+    BLOCK_ROWS,
+    HAS_ADDITIVE_BIAS,
+    HAS_BOOL_BIAS,
+    HAS_COUNTS,
+    arrive_warp,
+    unpack_item,
+)
+from hopper_skip import finish_scores, start_scores, use_tile
+from hopper_softmax import (
+    add_counts,
+    any_row,
+    clean_values,
+    first_maximum,
+    hide_columns,
+    joint_vote,
+    no_sums,
+    rows_layout,
+    scores_layout,
+    store_output,
+)
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+
+
+@gluon.jit
+def _logits(call, item, scores, rows, visible, column0, DTYPE: gl.constexpr):
+    """Scores in log2 units with everything applied that changes or hides them."""
+    if call.softcap_log2 > 0:
+        scores = call.softcap_log2 * (1.0 - 2.0 / (gl.exp2(scores * call.softcap_rate) + 1.0))
+    else:
+        scores = scores * call.scale_log2
+    columns = column0 + gl.arange(0, call.COLUMNS, gl.SliceLayout(0, scores_layout(call.COLUMNS)))
+    if call.has(HAS_ADDITIVE_BIAS | HAS_BOOL_BIAS):
+        offset = item.batch.to(gl.int64) * call.bias_batch + item.head.to(gl.int64) * call.bias_head
+        offsets = offset + rows.to(gl.int64)[:, None] * call.bias_row + columns.to(gl.int64)[None, :] * call.bias_column
+        inside = (rows < call.seq_q)[:, None] & (columns < call.seq_k)[None, :]
+        if call.has(HAS_BOOL_BIAS):
+            attend = gl.load(call.bias_bool + offsets, mask=inside, other=0)
+            scores = gl.where(attend != 0, scores, float("-inf"))
+        else:
+            HIDDEN: gl.constexpr = -32752.0 if DTYPE == gl.float16 else -1.6947657e38  # finfo(dtype).min / 2
+            bias = gl.load(call.bias + offsets, mask=inside, other=0.0).to(gl.float32)
+            scores = gl.where(bias > HIDDEN, scores + bias * LOG2_E, float("-inf"))
+    if call.window > 0:
+        oldest = rows + item.q_start - call.window
+        scores = gl.where(columns[None, :] > oldest[:, None], scores, float("-inf"))
+    return hide_columns(scores, column0, visible, call.COLUMNS)
+
+
+@gluon.jit
+def consume_general(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q: gl.constexpr):
+    """One consumer warpgroup: 64 rows of every item."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.HEAD, 16])
+    sequence = 0
+    base = 0
+    cleaned = 0
+    index = shared.receive_item(sequence)
+    while index < call.heads * call.row_blocks:
+        item = unpack_item(call, index)
+        rows = item.row0 + GROUP * BLOCK_ROWS + gl.arange(0, BLOCK_ROWS, rows_layout(call.COLUMNS))
+        visible = item.visible_columns(call, rows)
+
+        m = first_maximum(item, rows)
+        l = no_sums(call.COLUMNS)
+        acc = gl.full([BLOCK_ROWS, call.HEAD], 0.0, gl.float32, ACC)
+        kept = 0
+        exist = 0
+        mbarrier.wait(shared.q_full.index(GROUP), sequence & 1)
+        for j in range(item.tiles):
+            tile = base + j
+            slot = tile % call.STAGES
+            scores = finish_scores(call, shared, start_scores(call, shared, tile, GROUP), tile)
+            scores = _logits(call, item, scores, rows, visible, (item.first + j) * call.COLUMNS, DTYPE)
+            tile_maximum = gl.max(scores, 1)
+            keep = any_row(tile_maximum - m >= item.log2_threshold, GROUP)
+            if call.JOINT:
+                keep = joint_vote(shared, keep, 2 * tile, GROUP)
+            if call.has(HAS_COUNTS):
+                sees = any_row((tile_maximum > float("-inf")) & (rows < item.q_end), GROUP)
+                if call.JOINT:
+                    sees = joint_vote(shared, sees, 2 * tile + 1, GROUP)
+                exist += sees
+            mbarrier.wait(shared.v_full.index(slot), (tile // call.STAGES) & 1)
+            if j == item.tiles - 1:
+                cleaned = clean_values(call, shared, item, slot, cleaned, GROUP)
+            m, l, acc, kept = use_tile(call, shared, scores, 1.0, tile_maximum, keep, m, l, acc, kept, slot, DTYPE)
+            arrive_warp(shared.v_free.index(slot))
+
+        if not O_IN_Q:
+            arrive_warp(shared.q_free.index(GROUP))
+        store_output(call, shared, item, acc, m, l, rows, DTYPE, GROUP, O_IN_Q)
+        add_counts(call, item, exist - kept, exist, GROUP)
+        base += item.tiles
+        sequence += 1
+        index = shared.receive_item(sequence)

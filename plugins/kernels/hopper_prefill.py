@@ -1,0 +1,81 @@
+"""The Hopper (sm_90a) prefill kernel: shared memory, barriers, and one warp role per partition."""
+
+from hopper_common import BLOCK_ROWS, VOTE_SLOTS, Call, Shared, produce
+from hopper_dense import consume_dense
+from hopper_general import consume_general
+from hopper_skip import consume_plain, consume_skip
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+
+@gluon.jit
+def _consume(call, shared, GROUP: gl.constexpr, SCHEDULE: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q: gl.constexpr):
+    if SCHEDULE == "dense":
+        consume_dense(call, shared, GROUP, DTYPE, O_IN_Q)
+    elif SCHEDULE == "skip":
+        consume_skip(call, shared, GROUP, DTYPE, O_IN_Q)
+    elif SCHEDULE == "general":
+        consume_general(call, shared, GROUP, DTYPE, O_IN_Q)
+    else:
+        consume_plain(call, shared, GROUP, DTYPE, O_IN_Q)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    barriers = mbarrier.allocate_mbarrier(batch=COUNT)
+    for i in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
+    return barriers
+
+
+@gluon.jit
+def prefill(
+    q, k, v, o, kv_lengths, q_start, q_lengths, threshold_scale, sinks, counts, lse, counter, given, heads_q, group,
+    seq_q, seq_k, row_blocks, heads, section, scale_log2, threshold, threshold_factor, window, softcap_log2, softcap_rate,
+    bias, bias_bool, bias_batch, bias_head, bias_row, bias_column,
+    DTYPE: gl.constexpr, HEAD: gl.constexpr, GROUPS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
+    SCHEDULE: gl.constexpr, CAUSAL: gl.constexpr, JOINT: gl.constexpr, O_IN_Q: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    call = Call(
+        q, k, v, o, kv_lengths, q_start, q_lengths, threshold_scale, sinks, counts, lse, counter, given, heads_q, group,
+        seq_q, seq_k, row_blocks, heads, section, scale_log2, threshold, threshold_factor, window, softcap_log2,
+        softcap_rate, bias, bias_bool, bias_batch, bias_head, bias_row, bias_column,
+        gl.constexpr(GROUPS), gl.constexpr(COLUMNS), gl.constexpr(HEAD), gl.constexpr(STAGES), gl.constexpr(CAUSAL),
+        gl.constexpr(SCHEDULE == "general"), gl.constexpr(JOINT),
+    )  # fmt: skip
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    WARPS: gl.constexpr = 4  # of a warpgroup
+    WORDS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_tiles = gl.allocate_shared_memory(DTYPE, [GROUPS, BLOCK_ROWS, HEAD], LAYOUT)
+    if O_IN_Q:
+        o_tiles = q_tiles
+    else:
+        o_tiles = gl.allocate_shared_memory(DTYPE, [GROUPS, BLOCK_ROWS, HEAD], LAYOUT)
+    shared = Shared(
+        q_tiles,
+        gl.allocate_shared_memory(DTYPE, [STAGES, COLUMNS, HEAD], LAYOUT),
+        gl.allocate_shared_memory(DTYPE, [STAGES, COLUMNS, HEAD], LAYOUT),
+        o_tiles,
+        gl.allocate_shared_memory(gl.int32, [2, 1], WORDS),
+        gl.allocate_shared_memory(gl.int32, [GROUPS * VOTE_SLOTS, 1], WORDS),
+        _barriers(GROUPS, 1), _barriers(GROUPS, WARPS), _barriers(STAGES, 1), _barriers(STAGES, GROUPS * WARPS),
+        _barriers(STAGES, 1), _barriers(STAGES, GROUPS * WARPS), _barriers(1, WARPS), _barriers(2, 1),
+        _barriers(2, GROUPS * WARPS), _barriers(GROUPS, WARPS), _barriers(GROUPS * VOTE_SLOTS, 1),
+    )  # fmt: skip
+    fence_async_shared()
+    if GROUPS == 2:
+        gl.warp_specialize([
+            (_consume, (call, shared, 0, SCHEDULE, DTYPE, O_IN_Q)),
+            (_consume, (call, shared, 1, SCHEDULE, DTYPE, O_IN_Q)),
+            (produce, (call, shared)),
+        ], [4, 4], [CONSUMER_REGISTERS, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consume, (call, shared, 0, SCHEDULE, DTYPE, O_IN_Q)),
+            (_consume, (call, shared, 1, SCHEDULE, DTYPE, O_IN_Q)),
+            (_consume, (call, shared, 2, SCHEDULE, DTYPE, O_IN_Q)),
+            (produce, (call, shared)),
+        ], [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 24])  # fmt: skip

@@ -1,0 +1,207 @@
+"""Pieces of the online softmax in registers: layouts, tile decisions, one update, the epilogue.
+
+Scores are kept in log2 units (scores * scale * log2(e)). A thread holds parts of two rows; row sums stay per thread until
+the epilogue, so that no shuffle is paid per tile for them.
+"""
+
+from hopper_common import (
+    BLOCK_ROWS,
+    HAS_COUNTS,
+    HAS_LSE,
+    HAS_SINKS,
+    NEVER_VOTES,
+    TILE_COLUMNS,
+    VOTE_SLOTS,
+    arrive_warp,
+)
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+VOTE_BARRIER = gl.constexpr(8)  # first named barrier of the votes, above those Triton uses
+
+
+@gluon.constexpr_function
+def scores_layout(columns):
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def rows_layout(columns):
+    return gl.SliceLayout(1, scores_layout(columns))
+
+
+@gluon.constexpr_function
+def _vote_asm(barrier):
+    # a thread holds two of the warpgroup's 64 rows
+    return (
+        "{ .reg .pred wanted; .reg .b32 any; or.b32 any, $1, $2; setp.ne.b32 wanted, any, 0;"
+        f" barrier.cta.red.or.pred wanted, {barrier}, 128, wanted; selp.s32 $0, 1, 0, wanted; }}"
+    )
+
+
+@gluon.jit
+def any_row(wants, GROUP: gl.constexpr):
+    """1 if `wants` (bool per row) holds for some row of this warpgroup, else 0: one hardware barrier with a vote."""
+    ASM: gl.constexpr = _vote_asm(VOTE_BARRIER + GROUP)
+    return gl.inline_asm(ASM, ("=r", "r"), [wants.to(gl.int32)], gl.int32, is_pure=False)
+
+
+@gluon.jit
+def joint_vote(shared, own, tile, GROUP: gl.constexpr):
+    """Joins the votes of two warpgroups that share a row block, so that it is kept if either wants it.
+
+    The own vote is published and, where it already says keep, nothing is waited for: the warpgroups fall into step only
+    at tiles that are about to be skipped, where there is no work to stagger.
+    """
+    slot = tile % VOTE_SLOTS
+    gl.inline_asm(
+        "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %tid.x; and.b32 lane, lane, 127;"
+        " setp.eq.u32 first, lane, 0; @first st.shared.b32 [$0], $1;"
+        " @first mbarrier.arrive.shared::cta.b64 _, [$2]; }",
+        ("r", "r", "r"),
+        [shared.votes.index(GROUP * VOTE_SLOTS + slot), own, shared.voted.index(GROUP * VOTE_SLOTS + slot)],
+        (), is_pure=False,
+    )  # fmt: skip
+    keep = own
+    if own == 0:
+        other = (1 - GROUP) * VOTE_SLOTS + slot
+        mbarrier.wait(shared.voted.index(other), (tile // VOTE_SLOTS) & 1)
+        keep = gl.inline_asm("ld.shared.b32 $0, [$1];", ("=r", "r"), [shared.votes.index(other)], gl.int32,
+                             is_pure=False)  # fmt: skip
+    return keep
+
+
+@gluon.jit
+def decide(call, shared, tile_maximum, m, log2_threshold, tile, GROUP: gl.constexpr):
+    """1 if the tile is kept. `tile` counts every tile of the CTA, so that a vote slot is not reused too early."""
+    keep = any_row(tile_maximum - m >= log2_threshold, GROUP)
+    if call.JOINT:
+        keep = joint_vote(shared, keep, tile, GROUP)
+    return keep
+
+
+@gluon.jit
+def partial_sums(p, COLUMNS: gl.constexpr):
+    """Row sums over the columns a thread holds: `[rows, 4]`, one per thread of a quad."""
+    return gl.sum(gl.sum(gl.reshape(p, [BLOCK_ROWS, COLUMNS // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def no_sums(COLUMNS: gl.constexpr):
+    return partial_sums(gl.full([BLOCK_ROWS, COLUMNS], 0.0, gl.float32, scores_layout(COLUMNS)), COLUMNS)
+
+
+@gluon.jit
+def exponentials(scores, scale, m, tile_maximum, l, COLUMNS: gl.constexpr):
+    """One online-softmax update: `(p, alpha, m, l)`, alpha being what the output must be multiplied with."""
+    new_m = gl.maximum(m, tile_maximum)
+    shift = gl.where(new_m == float("-inf"), 0.0, new_m)  # a row that has seen nothing: -inf - -inf would be NaN
+    p = gl.exp2(scores * scale - shift[:, None])
+    alpha = gl.exp2(m - shift)
+    sums = partial_sums(p, COLUMNS)
+    SUMS: gl.constexpr = sums.type.layout
+    l = l * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None] + sums
+    return p, alpha, new_m, l
+
+
+@gluon.jit
+def rescale(acc, alpha):
+    ACC: gl.constexpr = acc.type.layout
+    return acc * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
+
+
+@gluon.jit
+def as_operand(p, acc, DTYPE: gl.constexpr):
+    """Probabilities as the register operand of the product with V; same registers, no data movement."""
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    return gl.convert_layout(p.to(DTYPE), OPERAND)
+
+
+@gluon.jit
+def hide_columns(scores, column0, visible, COLUMNS: gl.constexpr):
+    """-inf where the column is not below the row's number of visible columns."""
+    columns = column0 + gl.arange(0, COLUMNS, gl.SliceLayout(0, scores_layout(COLUMNS)))
+    return gl.where(columns[None, :] < visible[:, None], scores, float("-inf"))
+
+
+@gluon.jit
+def first_maximum(item, rows):
+    """Running maximum before the first tile: -inf, and for rows that do not exist a value that never votes."""
+    return gl.where(rows < item.q_end, float("-inf"), NEVER_VOTES)
+
+
+@gluon.jit
+def clean_values(call, shared, item, slot, cleaned, GROUP: gl.constexpr):
+    """Zeroes V of keys beyond kv_lengths in the item's last tile: they may hold NaN, and 0 * NaN is NaN.
+
+    The first warpgroup does it, the others wait. Returns the number of cleanings so far, which is the barrier's phase.
+    """
+    end = item.kv_end - (item.first + item.tiles - 1) * call.COLUMNS
+    if end < call.COLUMNS:
+        if item.kv_end < call.seq_k:
+            if GROUP == 0:
+                CHUNK: gl.constexpr = 16
+                LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+                rows = gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT))
+                for c in gl.static_range(call.COLUMNS // CHUNK):
+                    if c * CHUNK + CHUNK > end:
+                        part = shared.v.index(slot).slice(c * CHUNK, CHUNK, dim=0)
+                        value = part.load(LAYOUT)
+                        part.store(gl.where((c * CHUNK + rows < end)[:, None], value, 0.0))
+                fence_async_shared()
+                arrive_warp(shared.v_clean.index(0))
+            mbarrier.wait(shared.v_clean.index(0), cleaned & 1)
+            cleaned += 1
+    return cleaned
+
+
+@gluon.jit
+def store_output(call, shared, item, acc, m, l, rows, DTYPE: gl.constexpr, GROUP: gl.constexpr, O_IN_Q: gl.constexpr):
+    """Normalises and writes 64 rows; the copy engine clips what lies beyond the tensor."""
+    ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    total = gl.convert_layout(gl.sum(l, 1), rows.type.layout)
+    if call.has(HAS_LSE):
+        value = gl.where(total > 0, (m + gl.log2(total)) * 0.6931471805599453, float("-inf"))
+        place = (item.batch * call.heads_q + item.head).to(gl.int64) * call.seq_q
+        value = gl.where(rows < item.q_end, value, float("-inf"))
+        gl.store(call.lse + place + rows, value, mask=rows < call.seq_q)
+    weight = total
+    if call.has(HAS_SINKS):
+        sink = gl.load(call.sinks + item.head).to(gl.float32) * 1.4426950408889634
+        weight = total + gl.exp2(sink - m)
+    weight = gl.where((total > 0) & (rows < item.q_end), 1.0 / weight, 0.0)
+    weight = gl.convert_layout(weight, ROWS)[:, None]
+    # a row without weight is zero whatever a NaN in V made of its sum
+    out = gl.where(weight == 0.0, 0.0, acc * weight).to(DTYPE)
+    if O_IN_Q:
+        stage = shared.q.index(GROUP)
+    else:
+        stage = shared.o.index(GROUP)
+        tma.store_wait(0)  # the previous item's rows have left the buffer
+    stage.store(out)
+    fence_async_shared()
+    tma.async_store(call.o, [item.batch, item.head, item.row0 + GROUP * BLOCK_ROWS, 0], stage)
+    if O_IN_Q:
+        tma.store_wait(0)
+        arrive_warp(shared.q_free.index(GROUP))
+
+
+@gluon.jit
+def existing_tiles(call, item, GROUP: gl.constexpr):
+    """Tiles in which some row of this warpgroup's decision sees something, where visibility is a number of columns."""
+    if call.JOINT:
+        first = item.row0
+        last = gl.minimum(first + call.GROUPS * BLOCK_ROWS, item.q_end) - 1
+    else:
+        first = item.row0 + GROUP * BLOCK_ROWS
+        last = gl.minimum(first + BLOCK_ROWS, item.q_end) - 1
+    return gl.where(last >= first, gl.cdiv(item.visible_columns(call, last), TILE_COLUMNS), 0)
+
+
+@gluon.jit
+def add_counts(call, item, skipped, exist, GROUP: gl.constexpr):
+    if call.has(HAS_COUNTS):
+        write = (exist > 0) & ((not call.JOINT) or GROUP == 0)
+        gl.atomic_add(call.counts + item.head * 2, skipped, mask=write)
+        gl.atomic_add(call.counts + item.head * 2 + 1, exist, mask=write)
