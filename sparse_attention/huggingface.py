@@ -12,14 +12,16 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sparse_attention.errors import ModelError
 from sparse_attention.layer import AttentionCall, layer_of
+from sparse_attention.visibility import Visibility, merged, with_padding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,22 +35,6 @@ _WITHOUT_EFFECT = frozenset(
     {"position_ids", "cache_position", "use_cache", "output_hidden_states", "return_dict", "num_items_in_batch",
      "logits_to_keep", "output_router_logits"}
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Visibility:
-    """Which pairs see each other, as the op takes it; travels through a model in the place of a mask.
-
-    `bias` is a boolean mask (True = attend), `[B, 1, Sq or 1, Sk]`; lengths are `[B] int32`; None means the default.
-    """
-
-    is_causal: bool = False
-    window: int = 0
-    bias: Tensor | None = None
-    kv_lengths: Tensor | None = None
-    q_start: Tensor | None = None
-    q_lengths: Tensor | None = None
-
 
 _given: ContextVar[Visibility | None] = ContextVar("block_skip_given_visibility", default=None)
 
@@ -110,9 +96,12 @@ def registry_attention(
     softcap: float | None = None,
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of the registry: `query [B, Hq, Sq, D]`, un-expanded K and V; returns `[B, Sq, Hq, Dv]`.
+
+    `s_aux` is the sinks, `[Hq]`; `position_bias` (T5) is added to the scores, `[1 or B, Hq, Sq, Sk]`.
 
     Raises:
         ModelError: for a keyword or a mask that cannot be expressed in the op, by name.
@@ -131,16 +120,19 @@ def registry_attention(
             "attention was called with something block-skip attention cannot compute",
             where=f"{layer.name} ({type(module).__name__})",
             found=", ".join(refused) or f"dropout={dropout}",
-            fix="exclude the module with a pattern and `enable: false` in a dense model"
-            if refused
-            else "call model.eval()",
+            fix='leave it out, or sparsify with path="softmax"' if refused else "call model.eval()",
         )
     seen = _visibility(module, attention_mask, is_causal, key.shape[2])
     if sliding_window and seen.is_causal and not seen.window:  # some models say it only here
         seen = replace(seen, window=sliding_window)
+    if seen.rows_of_encoder_only and getattr(module, "is_decoder", True):
+        seen = replace(seen, q_lengths=None)
+    bias = merged(position_bias, seen.bias)
+    if bias is not None and bias.dtype != torch.bool:
+        bias = bias.to(query.dtype)
     call = AttentionCall(
         query, key, value, scale=float(scaling if scaling is not None else query.shape[-1] ** -0.5),
-        is_causal=seen.is_causal, window=seen.window, softcap=float(softcap or 0.0), bias=seen.bias,
+        is_causal=seen.is_causal, window=seen.window, softcap=float(softcap or 0.0), bias=bias,
         kv_lengths=seen.kv_lengths, q_start=seen.q_start, q_lengths=seen.q_lengths, sinks=s_aux,
     )  # fmt: skip
     return layer.run(call).transpose(1, 2), None
@@ -179,8 +171,8 @@ def registry_mask(
 ) -> Visibility:
     """The mask function of the registry: what `transformers.masking_utils` knows, as a `Visibility`.
 
-    `attention_mask` is `[B, kv_length] bool`, False where padded. A pattern of visibility that is not plainly causal,
-    causal with a window, or full becomes a boolean mask.
+    `attention_mask` is `[B, tokens so far] bool`, False where padded. A pattern of visibility that is not plainly
+    causal, causal with a window, or full becomes a boolean mask.
     """
     from transformers import masking_utils
 
@@ -189,45 +181,33 @@ def registry_mask(
     given = _given.get()
     if given is not None and known is not None:
         return replace(given, is_causal=known.is_causal, window=known.window)
-    seen = known or Visibility()
     if known is None:
         mask = masking_utils.sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
             allow_is_causal_skip=False, allow_is_bidirectional_skip=False, use_vmap=use_vmap, device=device,
         )  # fmt: skip
         seen = Visibility(bias=mask)
-    elif not _is_default_start(q_length, kv_length, q_offset, kv_offset):
+    else:
+        seen = known
+    start: int | Tensor = kv_length - q_length
+    if not _is_default_start(q_length, kv_length, q_offset, kv_offset):
         start = torch.as_tensor(q_offset - kv_offset, device=device)
-        seen = replace(seen, q_start=start.to(torch.int32).expand(batch_size))
+        if seen.is_causal or seen.window:
+            seen = replace(seen, q_start=start.to(torch.int32).expand(batch_size))
+        if seen.is_causal:  # a preallocated cache: keys behind the last query are not there yet
+            seen = replace(seen, kv_lengths=(start + q_length).clamp(max=kv_length).to(torch.int32).expand(batch_size))
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is None:
         return seen
-    # Padded query rows must not vote. Only self-attention knows them from this mask: causal attention is, and so is
-    # every attention of a model that has no cross-attention.
-    self_attention = mask_function is not masking_utils.bidirectional_mask_function or not (
-        getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)
-    )
-    return _with_padding(seen, padding.to(device), q_length, self_attention)
-
-
-def _with_padding(seen: Visibility, padding: Tensor, q_length: int, self_attention: bool) -> Visibility:
-    """Adds what the padding mask `[B, Sk] bool` hides: lengths for the right end, a mask for any hole."""
-    columns = padding.shape[-1]
-    tracing = torch.compiler.is_compiling()
-    if not tracing and bool(padding.all()):
-        return seen
-    position = torch.arange(1, columns + 1, device=padding.device)
-    lengths = (position * padding).amax(-1)
-    mask = padding[:, None, None, :]
-    if not tracing and bool(((position <= lengths[:, None]) == padding).all()):
-        bias = seen.bias  # right padding only: the lengths say it all
-    else:
-        bias = mask if seen.bias is None else seen.bias & mask
-    q_lengths = None
-    if self_attention:
-        start = columns - q_length if seen.q_start is None else seen.q_start
-        q_lengths = (lengths - start).clamp(min=0).clamp(max=q_length).to(torch.int32)
-    return replace(seen, bias=bias, kv_lengths=lengths.to(torch.int32), q_lengths=q_lengths)
+    if not statically_known_true(padding.shape[-1] == kv_length):  # a sliding cache holds the last keys only
+        padding = padding[:, kv_offset : kv_offset + kv_length]
+    # Padded query rows must not vote, and only self-attention knows them from this mask. A pattern with causality is
+    # self-attention; without it, an encoder's is, and every one of a model that has no cross-attention.
+    bidirectional = mask_function is masking_utils.bidirectional_mask_function
+    crosses = getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)
+    rows_too = not bidirectional or statically_known_true(q_length == kv_length)
+    seen = with_padding(seen, padding.to(device), q_length, start, rows_too=rows_too)
+    return replace(seen, rows_of_encoder_only=bidirectional and crosses)
 
 
 def _recognise(mask_function: Callable[..., Any]) -> Visibility | None:
@@ -261,8 +241,6 @@ def _is_default_start(
     q_length: int | torch.SymInt, kv_length: int | torch.SymInt, q_offset: int | Tensor, kv_offset: int
 ) -> bool:
     """Whether the queries are the last `q_length` positions, which is the op's default; proven, not guessed."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
     if isinstance(q_offset, Tensor):
         return False
     return statically_known_true(kv_length + kv_offset == q_offset + q_length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from sparse_attention.threshold import Phase
+
+_ADDING = threading.Lock()  # one model may run in several threads; not per instance, so that a model can be copied
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class LayerStatistics:
     def add(self, phase: Phase, counts: Tensor) -> None:
         """Adds the counts `[Hq, 2]` of one call."""
         counts = counts.detach().to(torch.int64)
-        self._sums[phase] = self._sums[phase] + counts if phase in self._sums else counts
+        with _ADDING:
+            self._sums[phase] = self._sums[phase] + counts if phase in self._sums else counts
 
     def reset(self) -> None:
         """Forgets everything counted so far."""
