@@ -99,7 +99,7 @@ def _dtype(match: AttentionMatch, shapes: Shapes) -> ir.DataType:
 def _shape(operand: Operand, shapes: Shapes) -> Dims:
     shape = shapes.shape(operand.value)
     if shape is None:
-        raise RefusalError(f"the rank of {operand.value.name} is not known")
+        raise RefusalError(f"the rank of {operand.value.name} is not known; run shape inference on the model")
     return shape if operand.perm is None else tuple(shape[axis] for axis in operand.perm)
 
 
@@ -131,7 +131,7 @@ def _check_mask_ranks(match: AttentionMatch, masks: MaskParts, q: Dims, shapes: 
     for value in [*(leaf.value for leaf in masks.seen), *masks.added]:
         shape = shapes.shape(value)
         if shape is None or len(shape) > 4:
-            raise RefusalError(f"the rank of the mask {value.name} is not known to be at most 4")
+            raise RefusalError(f"the mask {value.name} has no known rank up to 4; run shape inference on the model")
         merged = match.layout == "NSD" and match.mask_rank == 3 and len(shape) == 3
         if merged and shape[0].constant != 1 and shape[0] != q[0]:
             raise RefusalError(f"the mask {value.name} does not follow the merged batch and heads")

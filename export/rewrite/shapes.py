@@ -16,7 +16,7 @@ from export.rewrite.poly import Poly, parse, product
 
 Dims = tuple[Poly, ...]
 
-_ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Where", "And", "Or", "Not", "Neg", "Sqrt", "Tanh",
+_ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Mod", "Where", "And", "Or", "Not", "Neg", "Sqrt", "Tanh",
                 "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Cast", "Identity", "Softmax", "IsNaN",
                 "Dropout", "RotaryEmbedding", "Clip", "Trilu", "CumSum")  # fmt: skip
 _LIKE_FIRST = ("Dropout", "RotaryEmbedding", "Clip", "Trilu", "CumSum")
@@ -50,6 +50,9 @@ class Shapes:
         node = value.producer()
         if value.dtype is not None or node is None or node.domain != "":
             return value.dtype
+        if node.op_type == "Constant":
+            array = constant_array(value)
+            return None if array is None else ir.DataType.from_numpy(array.dtype)
         if node.op_type in _BOOLEAN:
             return ir.DataType.BOOL
         if node.op_type == "Cast":
@@ -121,11 +124,16 @@ class Shapes:
             return None
         first = shapes[0]
         assert first is not None
+        if node.op_type == "Shape":
+            elements = self.vector(value)
+            return None if elements is None else (Poly.of(len(elements)),)
         if node.op_type == "Transpose":
             perm = node.attributes.get_ints("perm", None) or range(len(first))[::-1]
             return tuple(first[axis] for axis in perm)
         if node.op_type in ("Unsqueeze", "Squeeze"):
             axes = axes_of(node, self)
+            if len(node.inputs) == 1 and "axes" not in node.attributes and all(dim.constant for dim in first):
+                axes = tuple(axis for axis, dim in enumerate(first) if dim.constant == 1)
             return None if axes is None else _with_axes(first, axes, node.op_type == "Unsqueeze")
         if node.op_type == "Range":
             ends = [self.vector(operand) for operand in node.inputs]
@@ -143,6 +151,8 @@ class Shapes:
         if any(shape is None for shape in shapes):
             return None
         known = [shape for shape in shapes if shape is not None]
+        if node.op_type == "GatherND" and len(known) == 2 and known[1][-1].constant == len(first):
+            return known[1][:-1] if not node.attributes.get_int("batch_dims", 0) else None
         if node.op_type == "MatMul" and min(map(len, known)) >= 2:
             batch = broadcast(known[0][:-2], known[1][:-2], value)
             return (*batch, known[0][-2], known[1][-1])
