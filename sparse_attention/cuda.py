@@ -96,8 +96,8 @@ def _launch(
 
 def _readable(t: Tensor) -> Tensor:
     """The tensor itself where the copy engine can read it (the usual case), else a contiguous copy."""
-    stride = t.stride()
-    if stride[3] == 1 and not (stride[0] | stride[1] | stride[2]) & 7 and t.data_ptr() % 16 == 0:
+    batch, head, row, one = t.stride()
+    if one == 1 and not (batch | head | row) & 7 and batch and head and row and t.data_ptr() % 16 == 0:
         return t
     return t.contiguous()
 

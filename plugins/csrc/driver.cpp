@@ -4,6 +4,10 @@
 
 #include <string>
 
+#ifndef BSA_LIBCUDA
+#define BSA_LIBCUDA "libcuda.so.1" // the tests put an emulation here
+#endif
+
 namespace bsa {
 namespace {
 
@@ -27,11 +31,11 @@ bool resolve(void* library, char const* name, char const* fallback, Function& fu
 Opened open()
 {
     Opened result;
-    void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    void* library = dlopen(BSA_LIBCUDA, RTLD_NOW | RTLD_LOCAL);
     if (library == nullptr)
     {
         char const* words = dlerror();
-        result.failure = words != nullptr ? words : "libcuda.so.1 cannot be opened";
+        result.failure = words != nullptr ? words : BSA_LIBCUDA " cannot be opened";
         return result;
     }
     Driver& d = result.driver;
@@ -48,7 +52,7 @@ Opened open()
         && resolve(library, "cuLaunchKernel", nullptr, d.cuLaunchKernel);
     if (!complete)
     {
-        result.failure = "libcuda.so.1 lacks a function of CUDA 12.0; update the driver";
+        result.failure = BSA_LIBCUDA " lacks a function of CUDA 12.0; update the driver";
     }
     else if (CudaResult const status = d.cuInit(0); status != kCUDA_SUCCESS)
     {

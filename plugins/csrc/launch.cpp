@@ -55,6 +55,7 @@ enum Given : std::int32_t
     kRUN_WHERE_DENSE = 1024,
     kRUN_WHERE_SPARSE = 2048,
     kIS_CAUSAL = 4096,
+    kCOUNTS_128_ROWS = 8192,
 };
 
 bool encode(Driver const& driver, TensorMap& map, void const* address, int dtype, std::int64_t const stride[3],
@@ -65,7 +66,7 @@ bool encode(Driver const& driver, TensorMap& map, void const* address, int dtype
     // A dimension of one element may come with any stride, also one the encoder refuses.
     std::int64_t const packed = (columns + 7) / 8 * 16;
     auto bytes = [packed](std::int64_t elements, int size) {
-        return static_cast<std::uint64_t>(size == 1 ? packed : elements * 2);
+        return static_cast<std::uint64_t>(size <= 1 ? packed : elements * 2);
     };
     std::uint64_t const strides[3] = {bytes(stride[2], sequence), bytes(stride[1], heads), bytes(stride[0], batch)};
     std::uint32_t const box[4] = {static_cast<std::uint32_t>(boxColumns), static_cast<std::uint32_t>(boxRows), 1, 1};
@@ -129,13 +130,15 @@ bsa_status launchOne(Driver const& driver, bsa::Device& device, Kernel const& ke
 
     TensorMap maps[4];
     bsa::CudaResult code = bsa::kCUDA_SUCCESS;
-    // an empty K or V still needs a map: its loads lie beyond the tensor and read zeros
+    // No keys at all: the maps still need an address. What is read through them is masked.
     int const keys = std::max(p.seq_k, 1);
+    void const* const k = p.seq_k > 0 ? p.k : p.o;
+    void const* const v = p.seq_k > 0 ? p.v : p.o;
     bool const encoded = encode(driver, maps[0], p.q, p.dtype, p.q_stride, p.batch, p.heads_q, p.seq_q, p.head_dim,
                              kernel.boxRows[0], kernel.boxColumns[0], code)
-        && encode(driver, maps[1], p.k, p.dtype, p.k_stride, p.batch, p.heads_k, keys, p.head_dim, kernel.boxRows[1],
+        && encode(driver, maps[1], k, p.dtype, p.k_stride, p.batch, p.heads_k, keys, p.head_dim, kernel.boxRows[1],
             kernel.boxColumns[1], code)
-        && encode(driver, maps[2], p.v, p.dtype, p.v_stride, p.batch, p.heads_k, keys, p.head_dim_v, kernel.boxRows[2],
+        && encode(driver, maps[2], v, p.dtype, p.v_stride, p.batch, p.heads_k, keys, p.head_dim_v, kernel.boxRows[2],
             kernel.boxColumns[2], code)
         && encode(driver, maps[3], p.o, p.dtype, p.o_stride, p.batch, p.heads_q, p.seq_q, p.head_dim_v,
             kernel.boxRows[3], kernel.boxColumns[3], code);
@@ -171,6 +174,7 @@ bsa_status launchOne(Driver const& driver, bsa::Device& device, Kernel const& ke
     given |= p.counts != nullptr ? kCOUNTS : 0;
     given |= p.lse != nullptr ? kLSE : 0;
     given |= p.is_causal != 0 ? kIS_CAUSAL : 0;
+    given |= p.br == 128 ? kCOUNTS_128_ROWS : 0;
     given |= p.bias_kind == BSA_BIAS_ADDITIVE ? kADDITIVE_BIAS : 0;
     given |= p.bias_kind == BSA_BIAS_BOOL ? kBOOL_BIAS : 0;
 

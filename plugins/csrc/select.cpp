@@ -16,9 +16,9 @@ std::string number(std::int64_t value)
 
 bool alignedStrides(std::int64_t const* stride, int batch, int heads, int sequence)
 {
-    // The copy engine needs strides that are multiples of 16 bytes; a dimension of one element is never stepped over.
-    return (batch == 1 || stride[0] % 8 == 0) && (heads == 1 || stride[1] % 8 == 0)
-        && (sequence == 1 || stride[2] % 8 == 0);
+    // The copy engine needs positive strides of whole 16 bytes; a dimension of at most one element is never stepped over.
+    auto fits = [](std::int64_t step, int size) { return size <= 1 || (step > 0 && step % 8 == 0); };
+    return fits(stride[0], batch) && fits(stride[1], heads) && fits(stride[2], sequence);
 }
 
 bool alignedAddress(void const* address)
@@ -102,7 +102,7 @@ bool choose(bsa_params const& p, Choice& choice, std::string& reason)
         || !alignedStrides(p.v_stride, p.batch, p.heads_k, p.seq_k)
         || !alignedStrides(p.o_stride, p.batch, p.heads_q, p.seq_q))
     {
-        reason = "strides of q, k, v and o must be multiples of 8 elements";
+        reason = "strides of q, k, v and o must be positive multiples of 8 elements";
         return false;
     }
     if (!alignedAddress(p.q) || !alignedAddress(p.k) || !alignedAddress(p.v) || !alignedAddress(p.o))

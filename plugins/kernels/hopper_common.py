@@ -28,6 +28,7 @@ HAS_COUNTER = gl.constexpr(128)
 HAS_ADDITIVE_BIAS = gl.constexpr(256)
 HAS_BOOL_BIAS = gl.constexpr(512)
 IS_CAUSAL = gl.constexpr(4096)  # read by the general kernel only; the others are compiled for either
+COUNTS_128_ROWS = gl.constexpr(8192)  # tile counts are those of 128 rows, else of 64
 RUN_WHERE_DENSE = gl.constexpr(1024)  # this launch computes only batch entries whose threshold is zero
 RUN_WHERE_SPARSE = gl.constexpr(2048)  # this launch computes only batch entries whose threshold is not zero
 

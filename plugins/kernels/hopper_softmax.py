@@ -6,6 +6,7 @@ the epilogue, so that no shuffle is paid per tile for them.
 
 from hopper_common import (
     BLOCK_ROWS,
+    COUNTS_128_ROWS,
     HAS_COUNTS,
     HAS_LSE,
     HAS_SINKS,
@@ -189,14 +190,15 @@ def store_output(call, shared, item, acc, m, l, rows, DTYPE: gl.constexpr, GROUP
 
 @gluon.jit
 def existing_tiles(call, item, GROUP: gl.constexpr):
-    """Tiles in which some row of this warpgroup's decision sees something, where visibility is a number of columns."""
-    if call.JOINT:
-        first = item.row0
-        last = gl.minimum(first + call.GROUPS * BLOCK_ROWS, item.q_end) - 1
-    else:
-        first = item.row0 + GROUP * BLOCK_ROWS
-        last = gl.minimum(first + BLOCK_ROWS, item.q_end) - 1
-    return gl.where(last >= first, gl.cdiv(item.visible_columns(call, last), TILE_COLUMNS), 0)
+    """Tiles in which some row of the decision that begins with this warpgroup's rows sees something.
+
+    For kernels in which what a row sees is a number of columns. 0 where no decision begins with these rows.
+    """
+    first = item.row0 + GROUP * BLOCK_ROWS
+    rows = gl.where(call.has(COUNTS_128_ROWS), 2 * BLOCK_ROWS, BLOCK_ROWS)
+    last = gl.minimum(first + rows, item.q_end) - 1
+    tiles = gl.cdiv(item.visible_columns(call, last), TILE_COLUMNS)
+    return gl.where((first % rows == 0) & (last >= first), tiles, 0)
 
 
 @gluon.jit

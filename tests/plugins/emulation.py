@@ -1,0 +1,179 @@
+"""The C library over an emulated driver: a launch goes through the C ABI, its choice of kernel, its tensor maps and its
+argument list, and then executes the kernel's own source on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from emulated_gluon import MACHINE, Descriptor, Pointer, load_kernels
+from emulated_machine import Machine
+from torch import Tensor
+
+from sparse_attention import native
+
+PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
+HERE = Path(__file__).resolve().parent
+TYPES = {6: torch.float16, 9: torch.bfloat16}
+SCALARS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+POINTEES = {"i32": torch.int32, "fp32": torch.float32, "u8": torch.uint8}
+REACH = 1 << 22
+"""Bytes of host memory an emulated pointer may reach; the tests' tensors are smaller and padded to it."""
+
+
+class _Map(ctypes.Structure):
+    _fields_ = [("address", ctypes.c_void_p), ("sizes", ctypes.c_uint64 * 4), ("strides", ctypes.c_uint64 * 3),
+                ("box", ctypes.c_uint32 * 4), ("type", ctypes.c_int), ("swizzle", ctypes.c_int)]  # fmt: skip
+
+
+def plugin_module(name: str) -> ModuleType:
+    """A build script of `plugins/`, which is no package."""
+    for folder in (PLUGINS, PLUGINS / "kernels"):
+        if (folder / f"{name}.py").is_file():
+            spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+            assert spec and spec.loader
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[name] = module
+            spec.loader.exec_module(module)
+            return module
+    raise FileNotFoundError(name)
+
+
+def compile_library(folder: Path, libcuda: str = "") -> Path:
+    """The C library with every specialisation in its table; an image is the kernel's name, as the emulation expects."""
+    specs = plugin_module("specifications").all_specialisations()
+    kernels = []
+    for spec in specs:
+        (folder / f"{spec.name}.cubin").write_bytes(spec.name.encode() + b"\0")
+        kernels.append(
+            {
+                **{name: getattr(spec, name) for name in spec.__dataclass_fields__}, "name": spec.name,
+                "entry": "prefill", "file": f"{spec.name}.cubin", "threads": 128 * (spec.groups + 1),
+                "shared_bytes": 1000, "boxes": [[rows, 64] for rows in (64, spec.columns, spec.columns, 64)],
+            }
+        )  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps({"kernels": kernels}))
+    plugin_module("embed_kernels").embed(folder / "manifest.json", folder)
+    sources = [*(PLUGINS / "csrc").glob("*.cpp"), folder / "kernel_table.cpp", folder / "kernel_images.S"]
+    library = folder / native.LIBRARY_NAME
+    define = [f'-DBSA_LIBCUDA="{libcuda}"'] if libcuda else []
+    subprocess.run(
+        ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", *define,
+         f"-I{PLUGINS / 'include'}", f"-I{PLUGINS / 'csrc'}", *map(str, sources), "-o", str(library), "-ldl"],
+        check=True,
+    )  # fmt: skip
+    return library
+
+
+def compile_driver(folder: Path) -> Path:
+    path = folder / "libemulated_cuda.so"
+    subprocess.run(["gcc", "-O1", "-fPIC", "-shared", "-w", str(HERE / "emulated_driver.c"), "-o", str(path)], check=True)
+    return path
+
+
+class Emulation:
+    """Launches through the C library and runs the kernels; `launched` lists (kernel, CTAs) of the last call."""
+
+    def __init__(self, folder: Path) -> None:
+        driver = compile_driver(folder)
+        self.library = native.Library(compile_library(folder, str(driver)))
+        self.driver = ctypes.CDLL(str(driver))
+        self.specs = {spec.name: spec for spec in plugin_module("specifications").all_specialisations()}
+        build = plugin_module("build_kernels")
+        self.arguments = [entry.split(":") for entry in f"{build.POINTERS} {build.SCALARS}".split()]
+        self.seed = 0
+        self.launched: list[tuple[str, int]] = []
+        self._error: BaseException | None = None
+        kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint,
+                                ctypes.POINTER(ctypes.c_void_p))  # fmt: skip
+        self._callback = kind(self._launch)
+        self.driver.emulated_on_launch(self._callback)
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, *, seed: int = 0, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, counts and log-sum-exp, poisoned before the launch."""
+        batch, heads, rows, _ = q.shape
+        out = torch.full((batch, heads, rows, v.shape[3]), float("nan"), dtype=q.dtype)
+        counts = torch.full((heads, 2), -7, dtype=torch.int32)
+        lse = torch.full((batch, heads, rows), float("nan"))
+        workspace = torch.full((native.WORKSPACE_BYTES,), 255, dtype=torch.uint8)
+        if options.get("bias") is not None:
+            options["bias"] = options["bias"].expand(batch, heads, rows, k.shape[2])
+        options.setdefault("scale", q.shape[3] ** -0.5)
+        self.seed, self.launched, self._error = seed, [], None
+        call = native.pack(q, k, v, out, counts=counts, lse=lse, workspace=workspace, **options)
+        try:
+            self.library.launch(call, 0)
+        except native.KernelError:
+            if self._error is None:
+                raise
+        if self._error is not None:
+            raise self._error
+        return out, counts, lse
+
+    def _launch(self, name: bytes, grid: int, block: int, shared: int, arguments: Any) -> int:
+        try:
+            spec = self.specs[name.decode()]
+            assert block == 128 * (spec.groups + 1) and shared == 1000
+            self.launched.append((spec.name, grid))
+            self._execute(spec, grid, arguments)
+        except BaseException as error:
+            self._error = error
+            return 1
+        return 0
+
+    def _execute(self, spec: Any, grid: int, arguments: Any) -> None:
+        values: list[Any] = []
+        place = 0
+        for _ in range(4):
+            values.append(_descriptor(_Map.from_address(arguments[place])))
+            place += 9  # the map, four sizes, four strides
+        for _, kind in self.arguments:
+            values.append(_argument(arguments[place], kind, values[0].memory.dtype))
+            place += 1
+        machine = Machine(self.seed)
+        MACHINE[:] = [machine]
+        with load_kernels(lambda: machine.local.program, lambda: grid) as prefill:
+            roles = []
+            for program in range(grid):
+                machine.local.program, machine.local.roles = program, []
+                prefill(
+                    *values, values[0].memory.dtype, spec.head, spec.groups, spec.columns, spec.stages, spec.schedule,
+                    spec.causal, spec.joint, spec.output_in_q, spec.registers,
+                )  # fmt: skip
+                roles += [_on_program(machine, program, role) for role in machine.local.roles]
+            machine.run(roles)
+
+
+def _on_program(machine: Machine, program: int, role: Any) -> Any:
+    def run() -> None:
+        machine.local.program = program
+        role()
+
+    return run
+
+
+def _descriptor(entry: _Map) -> Descriptor:
+    dtype = TYPES[entry.type]
+    size, rows, heads, batch = entry.sizes
+    row, head, outer = (stride // 2 for stride in entry.strides)
+    reach = (batch - 1) * outer + (heads - 1) * head + (rows - 1) * row + size
+    flat = torch.frombuffer((ctypes.c_char * (2 * reach)).from_address(entry.address), dtype=dtype)
+    return Descriptor(flat.as_strided((batch, heads, rows, size), (outer, head, row, 1)), (entry.box[1], entry.box[0]))
+
+
+def _argument(address: int, kind: str, dtype: torch.dtype) -> Any:
+    if not kind.startswith("*"):
+        return torch.tensor(SCALARS[kind].from_address(address).value)
+    target = ctypes.c_uint64.from_address(address).value
+    if not target:
+        return Pointer(None)
+    pointee = POINTEES.get(kind[1:], dtype)
+    width = torch.empty(0, dtype=pointee).element_size()
+    return Pointer(torch.frombuffer((ctypes.c_char * REACH).from_address(target), dtype=pointee, count=REACH // width))

@@ -1,0 +1,45 @@
+"""Inputs whose skipped tiles are known: rows look along one of two directions, and a tile of keys may carry either.
+
+Random Gaussian inputs skip nothing at 128 x 128, so a test on them proves nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+COLUMNS = 128
+THRESHOLD = 1e-3
+"""λ that separates planted tiles (score about 14) from the others (about 0) by several units on both sides."""
+
+
+def planted(
+    batch: int, heads: int, kv_heads: int, rows: int, columns: int, size: int, *, value_size: int | None = None,
+    keep: float = 0.4, dtype: torch.dtype = torch.bfloat16, seed: int = 0, device: str = "cuda", split: int = 64,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q `[B, Hq, rows, size]`, k `[B, Hk, columns, size]`, v `[B, Hk, columns, value_size]`.
+
+    Each tile of 128 keys is wanted with probability `keep` by the even and, independently, by the odd blocks of `split`
+    rows; `split=0` makes all rows want the same tiles. The first tile is wanted by all.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator)
+
+    directions = torch.zeros(2, size, device=device)
+    directions[0, 0::4] = directions[1, 1::4] = 1 / math.sqrt(size / 4)
+    side = torch.zeros(rows, dtype=torch.long, device=device)
+    if split:
+        side = torch.arange(rows, device=device) // split % 2
+    q = normal(batch, heads, rows, size) + 8 * directions[side]
+    tiles = -(-columns // COLUMNS)
+    wanted = torch.rand(batch, kv_heads, tiles, 2, device=device, generator=generator) < keep
+    wanted[:, :, 0] = True
+    amplitude = 14 * math.sqrt(size) / 8
+    carried = amplitude * torch.einsum("bhts,sd->bhtd", wanted.float(), directions)
+    k = normal(batch, kv_heads, columns, size) + carried.repeat_interleave(COLUMNS, 2)[:, :, :columns]
+    v = normal(batch, kv_heads, columns, value_size or size)
+    return q.to(dtype), k.to(dtype), v.to(dtype)

@@ -1,0 +1,220 @@
+"""The compiled kernels against the definition, on an H100 or H200."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from planted import THRESHOLD, planted
+from torch import Tensor
+
+from sparse_attention import native
+from sparse_attention.reference import TileDecisions, attention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0) or native.find_library() is None,
+        reason=f"needs an H100 or H200 and the kernel library ({native.BUILD_COMMAND})",
+    ),
+]
+RAGGED = [(1, 1), (1, 129), (113, 203), (511, 511), (128, 512), (4097, 4097), (300, 64)]
+BOTH = (torch.float16, torch.bfloat16)
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, counts and log-sum-exp; all poisoned before the launch."""
+    batch, heads, rows, _ = q.shape
+    out = torch.full((batch, heads, rows, v.shape[3]), float("nan"), dtype=q.dtype, device="cuda")
+    counts = torch.full((heads, 2), -7, dtype=torch.int32, device="cuda")
+    lse = torch.full((batch, heads, rows), float("nan"), device="cuda")
+    workspace = torch.full((native.WORKSPACE_BYTES,), 255, dtype=torch.uint8, device="cuda")
+    if options.get("bias") is not None:
+        options["bias"] = options["bias"].expand(batch, heads, rows, k.shape[2])
+    options.setdefault("scale", q.shape[3] ** -0.5)
+    call = native.pack(q, k, v, out, counts=counts, lse=lse, workspace=workspace, **options)
+    native.load_library().launch(call, torch.cuda.current_stream().cuda_stream)
+    torch.cuda.synchronize()
+    return out, counts, lse
+
+
+def define(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, TileDecisions, float]:
+    """The definition's output, its decisions, and the error of the same mathematics with P in the dtype."""
+    options.setdefault("threshold", 0.0)
+    options.pop("lse", None)
+    expected, tiles = attention(q, k, v, **options)
+    rounded = expected.to(q.dtype).float()
+    # P rounded to the dtype: relative error of a sum of positive weights times V, bounded by eps/2 of sum |p||v|
+    magnitude, _ = attention(q, k, v.abs().nan_to_num(0.0, 0.0, 0.0), **options)
+    eps = torch.finfo(q.dtype).eps
+    bound = float(((rounded - expected).abs() + eps / 2 * magnitude).max())
+    return expected, tiles, bound
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, *, must_skip: bool = False, **options: Any) -> Tensor:
+    lam = options.pop("threshold", 0.0)
+    expected, tiles, bound = define(q, k, v, threshold=lam, **options)
+    out, counts, _ = run(q, k, v, threshold=lam, **options)
+    assert torch.isfinite(out).all()
+    assert counts.tolist() == tiles.counts.tolist()
+    if must_skip:
+        assert counts[:, 0].sum() > 0
+        near = (tiles.gap - math.log(lam)).abs()[tiles.exists]
+        assert near.min() > 0.05, "an input on the threshold tests rounding, not the kernel"
+    assert (out.float() - expected).abs().max() <= 2 * bound + 1e-5
+    return out
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("size", [64, 96, 128, 256])
+@pytest.mark.parametrize("causal", [False, True])
+def test_dense(dtype: torch.dtype, size: int, causal: bool) -> None:
+    for rows, columns in RAGGED:
+        q, k, v = planted(1, 2, 2, rows, columns, size, dtype=dtype)
+        check(q, k, v, is_causal=causal)
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("br", [64, 128])
+def test_skip(dtype: torch.dtype, size: int, causal: bool, br: int) -> None:
+    for rows, columns in [*RAGGED, (2048, 2048), (1000, 3000)]:
+        q, k, v = planted(2, 4, 2, rows, columns, size, dtype=dtype)
+        check(q, k, v, is_causal=causal, threshold=THRESHOLD, br=br, must_skip=columns >= 511)
+
+
+@pytest.mark.parametrize("br", [64, 128])
+def test_half_of_the_rows_want_what_the_others_skip(br: int) -> None:
+    q, k, v = planted(1, 1, 1, 1024, 2048, 128, keep=0.3)
+    _, fine = run(q, k, v, threshold=THRESHOLD, br=64)[:2]
+    _, coarse = run(q, k, v, threshold=THRESHOLD, br=128)[:2]
+    share = [float(c[0, 0] / c[0, 1]) for c in (fine, coarse)]
+    assert share[0] > share[1] > 0.1
+    check(q, k, v, threshold=THRESHOLD, br=br, must_skip=True)
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lam", [0.0, THRESHOLD])
+@pytest.mark.parametrize("general", [False, True])
+def test_lengths_and_poisoned_padding(size: int, causal: bool, lam: float, general: bool) -> None:
+    q, k, v = planted(4, 4, 2, 700, 1100, size)
+    kv_lengths = torch.tensor([1100, 513, 0, 77], dtype=torch.int32, device="cuda")
+    q_lengths = torch.tensor([700, 65, 300, 0], dtype=torch.int32, device="cuda")
+    q_start = torch.tensor([400, 448, 0, -30], dtype=torch.int32, device="cuda")
+    for b, (keys, rows) in enumerate(zip(kv_lengths.tolist(), q_lengths.tolist(), strict=True)):
+        k[b, :, keys:], v[b, :, keys:], q[b, :, rows:] = float("nan"), float("inf"), float("nan")
+    clean = q.nan_to_num(0.0), k.nan_to_num(0.0), v.nan_to_num(0.0, 0.0, 0.0)
+    options = dict(is_causal=causal, kv_lengths=kv_lengths, q_lengths=q_lengths, q_start=q_start,
+                   softcap=100.0 if general else 0.0)  # fmt: skip
+    expected, tiles, bound = define(*clean, threshold=lam, **options)
+    out, counts, lse = run(q, k, v, threshold=lam, **options)
+    assert counts.tolist() == tiles.counts.tolist()
+    assert (out.float() - expected).abs().max() <= 2 * bound + 1e-5
+    for b, rows in enumerate(q_lengths.tolist()):
+        assert not out[b, :, rows:].any()
+        assert (lse[b, :, rows:] == -math.inf).all()
+
+
+@pytest.mark.parametrize("br", [64, 128])
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("what", ["window", "softcap", "additive", "boolean", "all"])
+def test_general(what: str, size: int, br: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(1)
+    q, k, v = planted(2, 4, 2, 600, 900, size)
+    options: dict[str, Any] = {"is_causal": what != "boolean"}
+    if what in ("window", "all"):
+        options["window"] = 300
+    if what in ("softcap", "all"):
+        options["softcap"] = 30.0
+    if what in ("additive", "all"):
+        bias = torch.randn(2, 1, 600, 900, device="cuda", generator=generator)
+        hidden = torch.rand(2, 1, 600, 900, device="cuda", generator=generator) < 0.2
+        hidden[:, :, :, 256:400] = True
+        options["bias"] = bias.masked_fill(hidden, torch.finfo(q.dtype).min).to(q.dtype)
+    if what == "boolean":
+        options["bias"] = torch.rand(1, 4, 600, 900, device="cuda", generator=generator) < 0.5
+        options["bias"][:, :, :, 300:600] = False
+    for lam in (0.0, THRESHOLD):
+        check(q, k, v, threshold=lam, br=br, **options, must_skip=lam > 0 and what in ("softcap", "boolean"))
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("br", [64, 128])
+def test_zero_threshold_is_the_dense_kernel_and_repeats_agree(size: int, causal: bool, br: int) -> None:
+    q, k, v = planted(2, 4, 4, 1000, 1000, size)
+    zero, one = (torch.tensor([x], device="cuda") for x in (0.0, 1.0))
+    dense = run(q, k, v, is_causal=causal, br=br)[0]
+    assert torch.equal(dense, run(q, k, v, is_causal=causal, br=br, threshold=THRESHOLD, threshold_scale=zero)[0])
+    first, counts, _ = run(q, k, v, is_causal=causal, br=br, threshold=THRESHOLD)
+    assert counts[:, 0].sum() > 0
+    assert torch.equal(first, run(q, k, v, is_causal=causal, br=br, threshold=THRESHOLD, threshold_scale=one)[0])
+    for _ in range(20):
+        again, counts_again, _ = run(q, k, v, is_causal=causal, br=br, threshold=THRESHOLD)
+        assert torch.equal(first, again) and torch.equal(counts, counts_again)
+
+
+def test_calibrated_threshold_mixes_dense_and_skipping_entries() -> None:
+    q, k, v = planted(2, 2, 2, 512, 2048, 128)
+    lengths = torch.tensor([2048, 200], dtype=torch.int32, device="cuda")
+    out, counts, _ = run(q, k, v, threshold_factor=300.0, kv_lengths=lengths)
+    threshold = {"prefill": {"a": 300.0, "b": 1.0, "target": 0.0}}
+    expected, tiles, bound = define(q, k, v, threshold=threshold, kv_lengths=lengths)  # type: ignore[arg-type]
+    assert counts.tolist() == tiles.counts.tolist()
+    assert counts[:, 0].sum() > 0
+    assert (out.float() - expected).abs().max() <= 2 * bound + 1e-5
+
+
+def test_sinks_and_lse() -> None:
+    q, k, v = planted(1, 4, 4, 300, 700, 128)
+    sinks = torch.tensor([0.0, 14.0, -5.0, 20.0], dtype=q.dtype, device="cuda")
+    check(q, k, v, threshold=THRESHOLD, sinks=sinks, is_causal=True)
+    lse = run(q, k, v)[2]
+    scores = (q.float() @ k.float().transpose(-1, -2)) * 128**-0.5
+    torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-5, atol=1e-4)
+
+
+def test_sequence_major_strides_need_no_copy() -> None:
+    q, k, v = planted(2, 4, 2, 333, 444, 128)
+    q2, k2, v2 = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
+    assert q2.stride() != q.stride()
+    assert torch.equal(run(q, k, v)[0], run(q2, k2, v2)[0])
+
+
+def test_value_head_size() -> None:
+    check(*planted(1, 2, 2, 300, 500, 128, value_size=64), threshold=THRESHOLD)
+    check(*planted(1, 2, 2, 300, 500, 192, value_size=128), threshold=THRESHOLD, is_causal=True)
+
+
+def test_tensors_of_more_than_two_to_the_31_elements() -> None:
+    heads, columns = 130, 131072
+    q = torch.randn(1, heads, 64, 128, device="cuda", dtype=torch.bfloat16)
+    k = torch.randn(1, heads, columns, 128, device="cuda", dtype=torch.bfloat16)
+    assert k.numel() > 2**31
+    v = torch.randn(1, heads, columns, 128, device="cuda", dtype=torch.bfloat16)
+    out = run(q, k, v)[0]
+    expected, _, bound = define(q[:, -1:], k[:, -1:], v[:, -1:])
+    assert (out[:, -1:].float() - expected).abs().max() <= 2 * bound + 1e-5
+
+
+def test_graph_capture_and_the_op() -> None:
+    import sparse_attention
+    import sparse_attention.cuda  # noqa: F401
+
+    q, k, v = planted(1, 4, 4, 512, 1024, 128)
+    def attend() -> Tensor:
+        return sparse_attention.block_skip_attention(q, k, v, threshold=THRESHOLD)
+
+    eager = attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend()
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, eager)
+    compiled = torch.compile(attend, fullgraph=True)
+    assert torch.equal(compiled(), eager)
