@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -42,6 +42,10 @@ Observer = Callable[["AttentionLayer", AttentionCall, Tensor, Tensor], None]
 """Called with the layer, the call, its output `[B, Hq, Sq, Dv]` and its counts `[Hq, 2]`."""
 
 
+Substitute = Callable[["AttentionLayer", AttentionCall], Tensor]
+"""Computes a call in the op's place, output `[B, Hq, Sq, Dv]`; nothing is counted then."""
+
+
 @dataclass(eq=False)
 class AttentionLayer:
     """What sparsification attaches to an attention module; runs the op with the module's settings.
@@ -57,6 +61,7 @@ class AttentionLayer:
     threshold_scale: Tensor | None = None
     statistics: LayerStatistics = field(default_factory=LayerStatistics)
     observers: list[Observer] = field(default_factory=list)
+    substitute: Substitute | None = None
 
     @property
     def thresholds(self) -> Thresholds:
@@ -65,6 +70,8 @@ class AttentionLayer:
 
     def run(self, call: AttentionCall) -> Tensor:
         """Attention of one call, `[B, Hq, Sq, Dv]`."""
+        if self.substitute is not None:
+            return self.substitute(self, call)
         out, counts = OP(
             call.q, call.k, call.v, call.bias, call.kv_lengths, call.q_start, call.q_lengths, call.sinks,
             self.threshold_scale, br=self.settings.br, bc=self.settings.bc, is_causal=call.is_causal, scale=call.scale,
@@ -109,3 +116,16 @@ def observed(model: nn.Module, observer: Observer) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.observers.remove(observer)
+
+
+@contextmanager
+def substituted(layers: Iterable[AttentionLayer], substitute: Substitute) -> Iterator[None]:
+    """Inside the block, `substitute` computes the attention of these layers instead of the op."""
+    layers = list(layers)
+    for layer in layers:
+        layer.substitute = substitute
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.substitute = None

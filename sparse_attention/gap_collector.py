@@ -1,0 +1,124 @@
+"""Counts the gaps of every tile of every layer while a model runs densely."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_attention.calibration_tiles import TileRow, dense_attention
+from sparse_attention.errors import ModelError
+from sparse_attention.gap_histogram import GapHistogram, LayerGaps
+from sparse_attention.layer import AttentionCall, AttentionLayer
+from sparse_attention.threshold import Phase
+
+DECODE_ROWS = 32
+"""Last rows of a prefill that stand for decode steps at a length; each is one step over the keys before it."""
+
+
+class GapCollector:
+    """Computes attention in the op's place, densely, and counts what every λ would have skipped.
+
+    Decode is counted from the last rows before each length of a causal prefill, which are the decode steps there:
+    the same query against the same keys, decided alone. Real decode steps (one row) count as such.
+
+    Args:
+        lengths: of keys; what lies beyond the last one that a text reaches is not counted.
+        units: "head" or "group" for each phase to collect.
+    """
+
+    def __init__(self, lengths: Iterable[int], units: Mapping[Phase, str]) -> None:
+        self.units = dict(units)
+        self._sums: dict[Phase, GapHistogram] = {phase: GapHistogram.empty(lengths) for phase in units}
+        self._lengths = next(iter(self._sums.values())).lengths
+        self._first: str | None = None
+
+    def __call__(self, layer: AttentionLayer, call: AttentionCall) -> Tensor:
+        """Attention of one call, and its tiles counted; for `sparse_attention.layer.substituted`."""
+        self._first = self._first or layer.name
+        decode = call.q.shape[2] == 1
+        group = call.q.shape[1] // call.k.shape[1]
+
+        def visit(row: TileRow) -> None:
+            if decode:
+                self._add_decode(layer, call, row, group, row.kv_length)
+                return
+            self._add_prefill(layer, call, row, group)
+            if call.is_causal:
+                self._add_decode(layer, call, row, group, row.end)
+
+        out = dense_attention(call, layer.settings.br, layer.settings.bc, visit)
+        if bool(out.isnan().any()):
+            raise ModelError(
+                "attention gave NaN, so its tiles cannot be judged",
+                where=f"{layer.name} ({layer.class_name})",
+                found=f"NaN in {call.q.dtype} attention over {call.k.shape[2]} keys",
+                fix="look for overflow: load the model with dtype float32 or bfloat16, and check its weights",
+            )
+        if layer.name == self._first:
+            self._count_sequences(call)
+        return out
+
+    @property
+    def histograms(self) -> dict[Phase, GapHistogram]:
+        """What was counted so far, in main memory."""
+        return {
+            phase: GapHistogram(
+                sums.lengths, sums.sequences.clone(), {name: gaps.to_cpu() for name, gaps in sums.layers.items()}
+            )
+            for phase, sums in self._sums.items()
+        }
+
+    def restore(self, histograms: Mapping[Phase, GapHistogram]) -> None:
+        """Goes on from what an earlier run had counted."""
+        for phase in self._sums:
+            self._sums[phase] = histograms[phase]
+
+    def _add_prefill(self, layer: AttentionLayer, call: AttentionCall, row: TileRow, group: int) -> None:
+        segment = bisect.bisect_left(self._lengths, row.end if call.is_causal else row.kv_length)
+        if "prefill" not in self.units or segment == len(self._lengths):
+            return
+        if call.is_causal and self._lengths[segment] > row.kv_length:
+            return  # the text ends before this segment does
+        gaps = self._gaps("prefill", layer, call, cumulative=call.is_causal)
+        heads, rows = row.gap.shape[:2]
+        gaps.add(
+            segment, row.heads, row.gap.amax(1).unsqueeze(0), row.exists.unsqueeze(0), row.mass.sum(1).unsqueeze(0),
+            heads * rows, group if self.units["prefill"] == "group" else 1,
+        )  # fmt: skip
+
+    def _add_decode(self, layer: AttentionLayer, call: AttentionCall, row: TileRow, group: int, end: int) -> None:
+        if "decode" not in self.units:
+            return
+        rows = row.gap.shape[1]
+        for segment, length in enumerate(self._lengths):
+            first = max(length - DECODE_ROWS, end - rows) - (end - rows)
+            last = min(length, end) - (end - rows)
+            if first >= last or length > row.kv_length:
+                continue
+            gaps = self._gaps("decode", layer, call, cumulative=False)
+            gap, mass = row.gap[:, first:last].transpose(0, 1), row.mass[:, first:last].transpose(0, 1)
+            gaps.add(
+                segment, row.heads, gap, gap > -torch.inf, mass, gap.shape[0] * gap.shape[1],
+                group if self.units["decode"] == "group" else 1,
+            )  # fmt: skip
+
+    def _gaps(self, phase: Phase, layer: AttentionLayer, call: AttentionCall, cumulative: bool) -> LayerGaps:
+        layers = self._sums[phase].layers
+        if layer.name not in layers:
+            layers[layer.name] = LayerGaps.empty(len(self._lengths), call.q.shape[1], cumulative, call.q.device)
+        return layers[layer.name]
+
+    def _count_sequences(self, call: AttentionCall) -> None:
+        lengths = [call.k.shape[2]] * call.q.shape[0] if call.kv_lengths is None else call.kv_lengths.tolist()
+        for phase, sums in self._sums.items():
+            for length in lengths:
+                if phase == "prefill" and not call.is_causal:
+                    reached: Sequence[int] = [bisect.bisect_left(self._lengths, length)]
+                else:
+                    reached = range(bisect.bisect_right(self._lengths, length))
+                for segment in reached:
+                    if segment < len(self._lengths):
+                        sums.sequences[segment] += 1
