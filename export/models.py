@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_attention.errors import MissingError, ModelError, UsageError
 
@@ -23,18 +23,36 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in eval mode; `tokenizer` is None where none lies beside it, `name` is for people."""
+    """A model in eval mode; `tokenizer` is None where none lies beside it, `name` is for people.
+
+    `examples` and `dynamic` are what a callable gave for a model that is not of Hugging Face: example inputs by name,
+    and their dynamic dimensions (input name -> axis -> dimension name).
+    """
 
     model: nn.Module
     tokenizer: Any | None
     name: str
+    examples: dict[str, Tensor] | None = None
+    dynamic: dict[str, dict[int, str]] | None = None
+
+    @property
+    def side_files(self) -> tuple[Any, ...]:
+        """What is written beside an exported file: the tokenizer, the configuration."""
+        parts = (self.tokenizer, getattr(self.model, "config", None), getattr(self.model, "generation_config", None))
+        return tuple(part for part in parts if hasattr(part, "save_pretrained"))
+
+    def clip(self, tokens: int) -> int:
+        """`tokens`, or as many as the model has positions for."""
+        return min(tokens, getattr(getattr(self.model, "config", None), "max_position_embeddings", None) or tokens)
 
 
 def load_model(source: str, *, dtype: str = "float32", attn_implementation: str = "sdpa") -> LoadedModel:
     """Loads a model for export, calibration or a check.
 
     Args:
-        source: a Hugging Face directory or id, a `.gguf` file, or `module:callable` that returns an `nn.Module`.
+        source: a Hugging Face directory or id, a `.gguf` file, or `module:callable` that returns a Hugging Face model,
+            or any `nn.Module` with example inputs and dynamic dimensions: `(module, {name: tensor}, {name: {axis:
+            "dimension"}})`.
         dtype: "float32", "float16" or "bfloat16".
         attn_implementation: of Hugging Face models: "sdpa" or "eager".
 
@@ -143,15 +161,18 @@ def _load_callable(source: str, dtype: torch.dtype) -> LoadedModel:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        factory: Callable[[], nn.Module] = getattr(importlib.import_module(module_name), attribute)
+        factory: Callable[[], Any] = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise MissingError("cannot import the model", where=source, found=str(error),
                            fix="pass module:callable, importable from here") from error  # fmt: skip
-    model = factory()
+    made = factory()
+    model, examples, dynamic = (*made, None, None)[:3] if isinstance(made, tuple) else (made, None, None)
     if not isinstance(model, nn.Module):
         raise ModelError("the callable did not return a model", where=source, found=type(model).__name__,
-                         fix="return an nn.Module")  # fmt: skip
-    return LoadedModel(model.to(dtype).eval(), None, attribute)
+                         fix="return an nn.Module, or (nn.Module, example inputs, dynamic dimensions)")  # fmt: skip
+    if examples is not None:
+        examples = {name: value.to(dtype) if value.is_floating_point() else value for name, value in examples.items()}
+    return LoadedModel(model.to(dtype).eval(), None, attribute, examples, dynamic)
 
 
 def _tokenizer(source: str) -> Any | None:

@@ -102,8 +102,10 @@ class NodeRunner:
             EXISTS: onnx.TensorProto.BOOL,
             KEPT: onnx.TensorProto.BOOL,
         }
+        single = helper.make_node(op.OP_TYPE, self.inputs, list(outputs), domain=op.DOMAIN)
+        single.attribute.extend(helper.make_attribute(name, value) for name, value in self.attributes.items())
         graph = helper.make_graph(
-            [helper.make_node(op.OP_TYPE, self.inputs, list(outputs), domain=op.DOMAIN, **self.attributes)],
+            [single],
             "node",
             [helper.make_tensor_value_info(n, types[n], [None] * ranks[n]) for n in self.inputs],
             [helper.make_tensor_value_info(n, kind, [None] * 4) for n, kind in outputs.items()],

@@ -50,6 +50,21 @@ class Signature:
     dynamic: dict[str, Dynamic]
     outputs: tuple[str, ...]
 
+    def sample(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Inputs of the graph for the tokens `[B, S]`, none of them padded."""
+        ones = torch.ones_like(input_ids)
+        known = {"input_ids": input_ids, "attention_mask": ones, "token_type_ids": torch.zeros_like(input_ids)}
+        return {name: known.get(name, example) for name, example in self.examples.items()}
+
+    def following(self, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """Inputs of the call that comes after one with these inputs and outputs; None where calls do not follow."""
+        return None
+
+    def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The graph's outputs by name, computed by PyTorch."""
+        values = self.module(*(inputs[name] for name in self.examples))
+        return dict(zip(self.outputs, values, strict=True))
+
 
 def is_decoder(model: nn.Module) -> bool:
     """Whether the model generates text token by token."""

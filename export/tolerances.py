@@ -5,9 +5,9 @@ from __future__ import annotations
 GAP_BAND = {"float32": 2e-4, "float16": 2e-4, "bfloat16": 2e-4}
 """τ: two implementations may decide a tile differently only where its gap lies this close to ln λ.
 
-Scores are float32 sums of the same products whatever the model's dtype, so the band does not grow with the dtype of q and
-k. It does grow with the size of the scores: one rounding of a score of 100 is 1e-5. Measured on SmolLM2, 2048 tokens, 30
-layers, ONNX Runtime against the reference on the same q and k: see `check`, which reports the largest difference it saw.
+Scores are float32 sums of the same products whatever the model's dtype, so the band does not grow with the dtype of q
+and k. It does grow with the size of the scores: one rounding of a score of 100 is 1e-5. Every check reports the largest
+difference between the gaps of two implementations that it saw.
 """
 
 OUTPUT = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1.6e-2}

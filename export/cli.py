@@ -1,0 +1,44 @@
+"""`sparse-attention`: the command line. Each command is a thin call of a public function of the same name.
+
+Exit codes: 0 done, 1 a check failed, 2 usage or configuration, 3 something is missing, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+from rich.console import Console
+
+from export import cli_check, cli_demo, cli_doctor, cli_export, cli_schema
+from sparse_attention.errors import SparseAttentionError
+
+app = typer.Typer(
+    name="sparse-attention",
+    help="Export transformers to ONNX and TensorRT with attention that skips work, and prove what it computes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("export")(cli_export.export)
+app.command("check")(cli_check.check)
+app.command("demo")(cli_demo.demo)
+app.command("doctor")(cli_doctor.doctor)
+app.command("schema")(cli_schema.schema)
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake ends in one message, a bug in a traceback."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    try:
+        app()
+    except SparseAttentionError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; nothing was left half-written", style="yellow")
+        sys.exit(130)

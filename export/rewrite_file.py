@@ -1,0 +1,60 @@
+"""The second door: an existing `.onnx`, or a graph exported dense, whose attention subgraphs become the op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+
+from export.rewrite import AttentionSite, RewriteReport, find_attention, rewrite_attention
+from sparse_attention.config import SparseAttentionConfig
+from sparse_attention.errors import MissingError, ModelError
+from sparse_attention.patterns import AttentionModule, ResolvedAttention, resolve
+
+
+def read_onnx(path: Path) -> ir.Model:
+    """Any ONNX file; weights stay on disk until they are needed.
+
+    Raises:
+        MissingError: where the file, or a file its weights lie in, does not exist.
+        ModelError: where it is not ONNX.
+    """
+    if not path.is_file():
+        raise MissingError("there is no such file", where=str(path), fix="pass an .onnx file that exists")
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf raises its own kinds
+        raise ModelError("the file cannot be read as ONNX", where=str(path), found=str(error)[:120],
+                         fix="check that it is complete") from error  # fmt: skip
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and not Path(tensor.path).is_file():
+            raise MissingError("the file with the weights is not there", where=str(path), found=str(tensor.location),
+                               fix="put it beside the .onnx, under the name it was exported with")  # fmt: skip
+    return model
+
+
+def rewrite(
+    model: ir.Model, config: SparseAttentionConfig, *, unit: str = "head", dry_run: bool = False
+) -> tuple[RewriteReport, dict[str, ResolvedAttention]]:
+    """Rewrites the attentions that `config` matches, in place; also gives every attention's settings by name.
+
+    Patterns match the names and classes of the PyTorch modules around an attention where the file tells them, else the
+    name of its node.
+
+    Raises:
+        ModelError: where the graph holds no attention, or none that is matched can be rewritten.
+    """
+    sites = find_attention(model)
+    settings = resolve(config, [AttentionModule(site.module, site.class_name) for site in sites])
+    report = rewrite_attention(model, _by_module(settings), unit=unit, dry_run=dry_run)
+    if not report.rewritten:
+        reasons = {left.reason for left in report.left}
+        raise ModelError("no attention of the graph could be rewritten", found="; ".join(sorted(reasons))[:400],
+                         fix="export it from PyTorch, or change the patterns")  # fmt: skip
+    return report, settings
+
+
+def _by_module(settings: dict[str, ResolvedAttention]) -> Callable[[AttentionSite], ResolvedAttention | None]:
+    return lambda site: settings.get(site.module)
