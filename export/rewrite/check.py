@@ -10,9 +10,10 @@ from export.rewrite.gqa import unexpand
 from export.rewrite.index_calculus import IndexCalculus
 from export.rewrite.masks import MaskParts, take_apart
 from export.rewrite.match import AttentionMatch, Operand
+from export.rewrite.operators import Dims
 from export.rewrite.poly import Poly
 from export.rewrite.report import RefusalError
-from export.rewrite.shapes import Dims, Shapes
+from export.rewrite.shapes import Shapes
 
 _DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 

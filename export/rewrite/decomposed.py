@@ -12,10 +12,11 @@ import math
 import onnx_ir as ir
 
 from export.rewrite.match import AttentionMatch, Layout, Operand, producer
+from export.rewrite.operators import constant_array
 from export.rewrite.products import PRODUCTS, equation, is_equation, is_plain
 from export.rewrite.report import RefusalError
 from export.rewrite.scores import Scores, keeps_last_two
-from export.rewrite.shapes import Shapes, constant_array
+from export.rewrite.shapes import Shapes
 
 FAMILY = "decomposed"
 _LAYOUTS: dict[int, Layout] = {4: "BHSD", 3: "NSD", 2: "SD"}

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from export.rewrite.match import producer
+from export.rewrite.operators import Dims
 from export.rewrite.poly import Poly
-from export.rewrite.shapes import Dims, Shapes
+from export.rewrite.shapes import Shapes
 
 
 class Unexpanded(NamedTuple):

@@ -30,8 +30,9 @@ from export.rewrite.expression import (
     negate,
     substitute,
 )
+from export.rewrite.operators import Dims, axes_of, constant_array
 from export.rewrite.poly import Poly
-from export.rewrite.shapes import Dims, Shapes, axes_of, constant_array
+from export.rewrite.shapes import Shapes
 
 _EXACT_FLOATS = (ir.DataType.FLOAT, ir.DataType.DOUBLE)  # hold every index below 2^24; half precision does not
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)

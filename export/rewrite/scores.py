@@ -8,9 +8,10 @@ import onnx_ir as ir
 
 from export.rewrite.masks import HIDDEN, Mask
 from export.rewrite.match import Operand, producer
+from export.rewrite.operators import constant_array
 from export.rewrite.products import PRODUCTS, equation, is_equation, is_plain
 from export.rewrite.report import RefusalError
-from export.rewrite.shapes import Shapes, constant_array
+from export.rewrite.shapes import Shapes
 
 _LOOKAHEAD = 16  # operators between a mask and the product it is applied to
 _PASSED = ("Mul", "Div", "Add", "Where", "Tanh", "Cast", "Identity", "Reshape")

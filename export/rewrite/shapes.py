@@ -6,24 +6,25 @@ others by long detours (`batch*seq // batch`); what is needed of them here is wh
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-
 import numpy as np
 import onnx_ir as ir
 
+from export.rewrite.operators import (
+    ARITHMETIC,
+    BOOLEAN,
+    ELEMENTWISE,
+    KEEPS_TYPE,
+    LIKE_FIRST,
+    SCALAR,
+    Dims,
+    axes_of,
+    broadcast,
+    constant_array,
+    sliced,
+    with_axes,
+)
 from export.rewrite.poly import Poly, parse, product
 
-Dims = tuple[Poly, ...]
-
-_ELEMENTWISE = ("Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Mod", "Where", "And", "Or", "Not", "Neg", "Sqrt", "Tanh",
-                "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Cast", "Identity", "Softmax", "IsNaN",
-                "Dropout", "RotaryEmbedding", "Clip", "Trilu", "CumSum")  # fmt: skip
-_LIKE_FIRST = ("Dropout", "RotaryEmbedding", "Clip", "Trilu", "CumSum")
-_KEEPS_TYPE = ("Trilu", "Add", "Sub", "Mul", "Div", "Where", "Neg", "Identity", "Softmax", "Dropout", "RotaryEmbedding", "MatMul",
-               "Gemm", "Einsum", "Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand", "Tile", "Concat", "Slice", "Split",
-               "Gather", "LayerNormalization", "RMSNormalization", "Attention")  # fmt: skip
-_BOOLEAN = ("And", "Or", "Not", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "IsNaN")
 _LONGEST_VECTOR = 16  # a shape vector is short; anything longer is data
 
 
@@ -53,13 +54,13 @@ class Shapes:
         if node.op_type == "Constant":
             array = constant_array(value)
             return None if array is None else ir.DataType.from_numpy(array.dtype)
-        if node.op_type in _BOOLEAN:
+        if node.op_type in BOOLEAN:
             return ir.DataType.BOOL
         if node.op_type == "Cast":
             return ir.DataType(node.attributes.get_int("to", 0))
         position = {"Where": 1}.get(node.op_type, 0)
         source = node.inputs[position] if position < len(node.inputs) else None
-        return self.dtype(source) if source is not None and node.op_type in _KEEPS_TYPE else None
+        return self.dtype(source) if source is not None and node.op_type in KEEPS_TYPE else None
 
     def vector(self, value: ir.Value | None) -> Dims | None:
         """The elements of an integer scalar or short 1-D tensor that depends on constants and sizes only."""
@@ -88,13 +89,13 @@ class Shapes:
         if numbers is not None:
             return float(numbers[0]) if len(numbers) == 1 else None
         node = value.producer()
-        if node is None or node.op_type not in _SCALAR:
+        if node is None or node.op_type not in SCALAR:
             return None
         operands = [self.scalar(operand) for operand in node.inputs]
         if any(operand is None for operand in operands):
             return None
         try:
-            return float(_SCALAR[node.op_type](*operands))
+            return float(SCALAR[node.op_type](*operands))
         except (ArithmeticError, ValueError):
             return None
 
@@ -134,7 +135,7 @@ class Shapes:
             axes = axes_of(node, self)
             if len(node.inputs) == 1 and "axes" not in node.attributes and all(dim.constant for dim in first):
                 axes = tuple(axis for axis, dim in enumerate(first) if dim.constant == 1)
-            return None if axes is None else _with_axes(first, axes, node.op_type == "Unsqueeze")
+            return None if axes is None else with_axes(first, axes, node.op_type == "Unsqueeze")
         if node.op_type == "Range":
             ends = [self.vector(operand) for operand in node.inputs]
             if None not in ends and ends[2] == (Poly.of(1),) and ends[0] and ends[1]:
@@ -160,8 +161,8 @@ class Shapes:
             axis = node.attributes.get_int("axis", 0)
             joined = sum((shape[axis] for shape in known[1:]), known[0][axis])
             return tuple(joined if at == axis % len(first) else dim for at, dim in enumerate(first))
-        if node.op_type in _ELEMENTWISE:
-            result = first if node.op_type in _LIKE_FIRST else ()
+        if node.op_type in (*ELEMENTWISE, *LIKE_FIRST):
+            result = first if node.op_type in LIKE_FIRST else ()
             for shape in known if not result else ():
                 result = broadcast(result, shape, value)
             return result
@@ -227,91 +228,9 @@ class Shapes:
                 if all(pick is not None and -len(known[0]) <= pick < len(known[0]) for pick in picks):
                     return tuple(known[0][pick] for pick in picks if pick is not None)
             case "Slice":
-                return _sliced(known)
+                return sliced(known)
             case "Add" | "Sub" | "Mul" | "Div" if len({len(operand) for operand in known}) == 1:
-                results = [_ARITHMETIC[node.op_type](a, b) for a, b in zip(*known, strict=True)]
+                results = [ARITHMETIC[node.op_type](a, b) for a, b in zip(*known, strict=True)]
                 found = tuple(result for result in results if result is not None)
                 return found if len(found) == len(results) else None
         return None
-
-
-def broadcast(left: Sequence[Poly], right: Sequence[Poly], owner: ir.Value) -> Dims:
-    """The broadcast shape of two; a dimension that cannot be told is a symbol that belongs to `owner`."""
-    rank = max(len(left), len(right))
-    one = Poly.of(1)
-    padded = zip([one] * (rank - len(left)) + list(left), [one] * (rank - len(right)) + list(right), strict=True)
-    result = []
-    for axis, (a, b) in enumerate(padded):
-        if a == b or b == one:
-            result.append(a)
-        elif a == one or (b.constant is not None and a.constant is None):
-            result.append(b)
-        else:
-            result.append(a if a.constant is not None else Poly.symbol(f"?{owner.name}.{axis}"))
-    return tuple(result)
-
-
-def constant_array(value: ir.Value) -> np.ndarray | None:
-    """The NumPy array of an initializer that no caller can override, or of a Constant node; else None."""
-    if value.is_graph_input():
-        return None
-    if value.const_value is not None:
-        return value.const_value.numpy()
-    node = value.producer()
-    if node is None or node.op_type != "Constant" or node.domain != "" or len(node.attributes) != 1:
-        return None
-    ((kind, attribute),) = node.attributes.items()
-    if kind == "value":
-        return attribute.as_tensor().numpy()
-    dtype = {"value_int": np.int64, "value_ints": np.int64, "value_float": np.float32, "value_floats": np.float32}
-    return np.asarray(attribute.value, dtype=dtype[kind]) if kind in dtype else None
-
-
-def axes_of(node: ir.Node, shapes: Shapes) -> tuple[int, ...] | None:
-    """The `axes` of Squeeze, Unsqueeze and reductions, input or attribute."""
-    if "axes" in node.attributes:
-        return tuple(node.attributes["axes"].as_ints())
-    return shapes.integers(node.inputs[1]) if len(node.inputs) > 1 else None
-
-
-def _with_axes(shape: Dims, axes: Sequence[int], insert: bool) -> Dims:
-    if not insert:
-        gone = {axis % len(shape) for axis in axes}
-        return tuple(dim for axis, dim in enumerate(shape) if axis not in gone)
-    rank = len(shape) + len(axes)
-    new = {axis % rank for axis in axes}
-    old = iter(shape)
-    return tuple(Poly.of(1) if axis in new else next(old) for axis in range(rank))
-
-
-def _sliced(operands: Sequence[Dims]) -> Dims | None:
-    numbers = [[element.constant for element in operand] for operand in operands[1:]]
-    if any(len(operand) != 1 or operand[0] is None for operand in numbers):
-        return None
-    start, end, *rest = (operand[0] for operand in numbers)
-    step = rest[1] if len(rest) > 1 else 1
-    return operands[0][start:end:step]
-
-
-_ARITHMETIC: dict[str, Callable[[Poly, Poly], Poly | None]] = {
-    "Add": lambda a, b: a + b,
-    "Sub": lambda a, b: a - b,
-    "Mul": lambda a, b: a * b,
-    "Div": lambda a, b: a.divided_by(b),
-}
-
-_SCALAR: dict[str, Callable[..., float]] = {
-    "Sqrt": math.sqrt,
-    "Reciprocal": lambda x: 1 / x,
-    "Neg": lambda x: -x,
-    "Cast": float,
-    "Identity": float,
-    "Squeeze": lambda x, *_: x,
-    "Unsqueeze": lambda x, *_: x,
-    "CastLike": lambda x, _: x,
-    "Add": lambda a, b: a + b,
-    "Sub": lambda a, b: a - b,
-    "Mul": lambda a, b: a * b,
-    "Div": lambda a, b: a / b,
-    "Pow": lambda a, b: a**b,
-}
