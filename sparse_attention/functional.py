@@ -242,9 +242,13 @@ def _multihead_visibility(
         bias = _four_dimensions(~attn_mask if attn_mask.dtype == torch.bool else attn_mask, q.dtype)
     if key_padding_mask is None:
         return Visibility(bias=bias)
-    if key_padding_mask.dtype != torch.bool:
-        return Visibility(bias=merged(bias, key_padding_mask[:, None, None, :].to(q.dtype)))
-    return with_padding(Visibility(bias=bias), ~key_padding_mask, q.shape[2], 0, rows_too=same_tokens)
+    if key_padding_mask.dtype == torch.bool:
+        visible = ~key_padding_mask
+    else:  # nn.TransformerEncoder makes boolean masks additive on the way
+        visible = key_padding_mask > torch.finfo(key_padding_mask.dtype).min / 2
+        if torch.compiler.is_compiling() or bool((visible & (key_padding_mask != 0)).any()):
+            bias = merged(bias, key_padding_mask[:, None, None, :].to(q.dtype))
+    return with_padding(Visibility(bias=bias), visible, q.shape[2], 0, rows_too=same_tokens)
 
 
 def _run(layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor, scale: float | None, seen: Visibility) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -183,7 +183,7 @@ def registry_mask(
         return replace(given, is_causal=known.is_causal, window=known.window)
     if known is None:
         mask = masking_utils.sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
+            batch_size, q_length, kv_length, cast(int, q_offset), kv_offset, mask_function, attention_mask,
             allow_is_causal_skip=False, allow_is_bidirectional_skip=False, use_vmap=use_vmap, device=device,
         )  # fmt: skip
         seen = Visibility(bias=mask)

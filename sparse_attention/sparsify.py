@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from torch import nn
 
@@ -16,6 +16,9 @@ from sparse_attention.layer import AttentionLayer, attach, detach, layer_of, lay
 from sparse_attention.patterns import AttentionModule, ResolvedAttention, resolve
 from sparse_attention.statistics import TileCounts, total_sparsity
 from sparse_attention.threshold import Phase
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _BEFORE = "_block_skip_before"
 
@@ -92,7 +95,7 @@ def sparsify(
         if path == "op":
             functional.keep_padding(model)
             if registry:
-                setattr(model, _BEFORE, huggingface.install(model))
+                setattr(model, _BEFORE, huggingface.install(cast("PreTrainedModel", model)))
     except BaseException:
         restore(model)
         raise
@@ -106,7 +109,7 @@ def restore(model: nn.Module) -> nn.Module:
         functional.uninstall(module)  # whatever replaced its forward
     functional.allow_packing(model)
     if _BEFORE in model.__dict__:
-        huggingface.uninstall(model, getattr(model, _BEFORE))
+        huggingface.uninstall(cast("PreTrainedModel", model), getattr(model, _BEFORE))
         delattr(model, _BEFORE)
     return model
 

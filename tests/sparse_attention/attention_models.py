@@ -7,31 +7,26 @@ import transformers
 from torch import nn
 
 VOCABULARY = 64
-SMALL = dict(
-    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, max_position_embeddings=256, pad_token_id=0,
-)  # fmt: skip
-BIDIRECTIONAL = {key: value for key, value in SMALL.items() if key not in ("num_key_value_heads", "head_dim")}
+_SIZES = {"vocab_size": VOCABULARY, "max_position_embeddings": 256, "pad_token_id": 0}
+BIDIRECTIONAL = {
+    **_SIZES, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
+SMALL = {**BIDIRECTIONAL, "num_key_value_heads": 2, "head_dim": 8}
+MIXED = {**SMALL, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
 FAMILIES = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", SMALL),
     "mistral": ("MistralForCausalLM", "MistralConfig", {**SMALL, "sliding_window": 24}),
-    "gemma2": (
-        "Gemma2ForCausalLM",
-        "Gemma2Config",
-        {**SMALL, "sliding_window": 24, "attn_logit_softcapping": 20.0, "query_pre_attn_scalar": 8},
-    ),
-    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**SMALL, "sliding_window": 24, "query_pre_attn_scalar": 8,
-               "layer_types": ["sliding_attention", "full_attention"]}),
-    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {**SMALL, "sliding_window": 24, "num_local_experts": 2,
-                "num_experts_per_tok": 1, "layer_types": ["sliding_attention", "full_attention"]}),
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4,
-             n_positions=256)),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**MIXED, "attn_logit_softcapping": 20.0,
+               "query_pre_attn_scalar": 8}),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**MIXED, "query_pre_attn_scalar": 8}),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", {**MIXED, "num_local_experts": 2, "num_experts_per_tok": 1}),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4,
+             "n_positions": 256}),
     "bert": ("BertModel", "BertConfig", BIDIRECTIONAL),
-    "bart": ("BartModel", "BartConfig", dict(vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=2,
-             encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32,
-             max_position_embeddings=256, pad_token_id=0)),
-    "t5": ("T5Model", "T5Config", dict(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4,
-           pad_token_id=0, dropout_rate=0.0)),
+    "bart": ("BartModel", "BartConfig", {**_SIZES, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2,
+             "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}),
+    "t5": ("T5Model", "T5Config", {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2,
+           "num_heads": 4, "pad_token_id": 0, "dropout_rate": 0.0}),
 }  # fmt: skip
 DECODERS = ("llama", "mistral", "gemma2", "gemma3", "gpt_oss", "gpt2")
 _SPREAD = tuple(f".{name}.weight" for name in ("q_proj", "k_proj", "query", "key", "c_attn"))

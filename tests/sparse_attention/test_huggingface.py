@@ -157,7 +157,7 @@ def test_right_padded_encoder_changes_nothing(family: str, rows: int) -> None:
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "left_padded"])
 @pytest.mark.parametrize("threshold", [0.0, 0.7])
 def test_caches(family: str, kind: str, padded: bool, threshold: float) -> None:
-    """Prefill, a chunk and single tokens past the sliding window, against eager (dense) or the softmax path (sparse)."""
+    """Prefill, a chunk and tokens past the sliding window, against eager (dense) or the softmax path (sparse)."""
     from transformers import DynamicCache, StaticCache
 
     op, softmax = sparse_pair(family, threshold)
@@ -179,7 +179,7 @@ def test_caches(family: str, kind: str, padded: bool, threshold: float) -> None:
         found.append(steps)
     whole = torch.cat(found[0], dim=1)
     assert (whole - torch.cat(found[1], dim=1))[mask.bool()].abs().max() < CLOSE
-    phases = {phase: counts for phase, counts in summary(op)[0].counts.items()}
+    phases = summary(op)[0].counts
     assert set(phases) == {"prefill", "decode"}
     if threshold:
         assert skipped(op) == skipped(softmax)
