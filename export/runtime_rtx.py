@@ -7,11 +7,9 @@ operators of its function body, which hold the whole score matrix.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from rich.console import Console
 
@@ -23,6 +21,7 @@ from export.engine.plugin import sha256_of
 from export.engine.shapes import make_profiles, parse_shapes
 from export.engine.sidecar import Sidecar, current_gpu, require_engine_suffix, sidecar_path
 from export.engine.tensorrt_api import make_logger
+from export.save import check_output
 from sparse_attention.errors import MissingError, UsageError
 
 NOT_ACCELERATED = (
@@ -36,16 +35,18 @@ def build_portable_engine(
     path: Path,
     *,
     options: EngineOptions | None = None,
-    configuration: Mapping[str, Any] | None = None,
+    force: bool = False,
     console: Console | None = None,
 ) -> EngineReport:
     """Builds a TensorRT-RTX engine and its record; the report's notes say that it is not accelerated.
 
-    Raises MissingError where tensorrt-rtx is not installed, UsageError where the model has no function body.
+    `force` overwrites what is there. Raises MissingError where tensorrt-rtx is not installed, UsageError where the
+    output exists or the model has no function body.
     """
     options = options or EngineOptions()
     console = console or Console(stderr=True)
     require_engine_suffix(path)
+    check_output(path, force=force)
     model = read_model(onnx)
     _require_body(model)
     profiles = make_profiles(model.inputs, parse_shapes(options.shapes), max_length=options.max_length)
@@ -58,7 +59,7 @@ def build_portable_engine(
     engine = run_build(tensorrt, builder, network, config, logger, console, where=str(onnx))
     record = Sidecar(
         "tensorrt-rtx", tensorrt.__version__, sha256(engine).hexdigest(), len(engine), current_gpu(), None,
-        describe_profiles(profiles), options.as_json(), configuration, sha256_of(onnx), len(model.nodes),
+        describe_profiles(profiles), options.as_json(), model.configuration, sha256_of(onnx), len(model.nodes),
     )  # fmt: skip
     save(path, engine, record)
     save_timing_cache(config, options)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +21,7 @@ from export.engine.shapes import Profile, make_profiles, parse_shapes
 from export.engine.sidecar import Sidecar, current_gpu, require_engine_suffix, sidecar_path, write_sidecar
 from export.engine.tensorrt_api import explain, import_tensorrt, major_of, make_logger
 from export.engine.trtexec import trtexec_command
+from export.save import check_output, staged
 from sparse_attention.errors import ModelError
 
 
@@ -39,24 +38,30 @@ class EngineReport:
     notes: tuple[str, ...] = ()
 
 
+def require_tensorrt(options: EngineOptions | None = None) -> None:
+    """Raises MissingError where TensorRT or the plugin library lacks: before a model is exported for nothing."""
+    check_tensorrt(find_plugin((options or EngineOptions()).plugin), import_tensorrt().__version__)
+
+
 def build_engine(
     onnx: Path,
     path: Path,
     *,
     options: EngineOptions | None = None,
-    configuration: Mapping[str, Any] | None = None,
+    force: bool = False,
     console: Console | None = None,
 ) -> EngineReport:
     """Builds `path` and its record `path.json` from an exported model; both appear together, or neither does.
 
     Everything that would make the engine useless is looked for before the build: the op's version, types, shapes,
     kernels for every node at every profile, and that TensorRT's parser bound every node to the plugin.
-    `configuration` is recorded as it is. Raises MissingError (no TensorRT, GPU, plugin library or memory), UsageError
-    or ModelError (a model or shapes that cannot be built), KeyboardInterrupt after Ctrl-C.
+    `force` overwrites what is there. Raises MissingError (no TensorRT, GPU, plugin library or memory), UsageError or
+    ModelError (a model or shapes that cannot be built), KeyboardInterrupt after Ctrl-C.
     """
     options = options or EngineOptions()
     console = console or Console(stderr=True)
     require_engine_suffix(path)
+    check_output(path, force=force)
     model = read_model(onnx)
     profiles = make_profiles(model.inputs, parse_shapes(options.shapes), max_length=options.max_length)
     prepared = prepare(model)
@@ -79,7 +84,7 @@ def build_engine(
     record = Sidecar(
         "tensorrt", tensorrt.__version__, sha256(engine).hexdigest(), len(engine), current_gpu(),
         {"sha256": plugin.sha256, "tensorrt_headers": plugin.tensorrt_headers, "kernels": plugin.kernels},
-        describe_profiles(profiles), options.as_json(), configuration, sha256_of(onnx), len(model.nodes),
+        describe_profiles(profiles), options.as_json(), model.configuration, sha256_of(onnx), len(model.nodes),
     )  # fmt: skip
     save(path, engine, record)
     save_timing_cache(config, options)
@@ -162,18 +167,17 @@ def run_build(
 
 def save(path: Path, engine: bytes, record: Sidecar) -> None:
     """Writes engine and record completely, then gives both their names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _partial(path) as engine_file, _partial(sidecar_path(path)) as record_file:
-        engine_file.write_bytes(engine)
-        write_sidecar(record_file, record)
+    with staged(path) as folder:
+        (folder / path.name).write_bytes(engine)
+        write_sidecar(sidecar_path(folder / path.name), record)
 
 
 def save_timing_cache(config: Any, options: EngineOptions) -> None:
     cache = config.get_timing_cache()
     if options.timing_cache is not None and cache is not None:
         options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        with _partial(options.timing_cache) as file:
-            file.write_bytes(bytes(cache.serialize()))
+        with staged(options.timing_cache) as folder:
+            (folder / options.timing_cache.name).write_bytes(bytes(cache.serialize()))
 
 
 def describe_profiles(profiles: Sequence[Profile]) -> dict[str, Any]:
@@ -197,14 +201,3 @@ def _require_plugin_layers(tensorrt: ModuleType, network: Any, model: ExportedMo
             found=f"{found} plugin layers for {len(model.nodes)} nodes",
             fix="Export the model again; if it stays, report it with the versions of TensorRT and this package.",
         )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _partial(path: Path) -> Iterator[Path]:
-    """A temporary file in the same folder that becomes `path` where the block ends well and vanishes where not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

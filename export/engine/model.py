@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,10 @@ import onnx
 from onnx import TensorProto, helper
 
 from export import op
+from export.finish import METADATA
 from sparse_attention.errors import MissingError, ModelError, UsageError
+
+CONFIGURATION = f"{METADATA}.config"
 
 Dim = int | str
 """A dimension: its size, or its name, or "" where the model says nothing."""
@@ -47,12 +51,14 @@ class AttentionNode:
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A model read for building: `proto` is without its external data, which stays beside `path`."""
+    """A model read for building: `proto` is without its external data, which stays beside `path`; `configuration` is
+    what the export recorded in it, None where it did not."""
 
     path: Path
     proto: onnx.ModelProto = field(repr=False)
     inputs: tuple[TensorInfo, ...]
     nodes: tuple[AttentionNode, ...]
+    configuration: Any = None
 
 
 def read_model(path: Path) -> ExportedModel:
@@ -77,7 +83,8 @@ def read_model(path: Path) -> ExportedModel:
     _check_versions(path, proto, nodes)
     constants = {tensor.name for tensor in proto.graph.initializer}
     inputs = tuple(_tensor_info(value) for value in proto.graph.input if value.name not in constants)
-    return ExportedModel(path, proto, inputs, nodes)
+    recorded = {p.key: p.value for p in proto.metadata_props}.get(CONFIGURATION)
+    return ExportedModel(path, proto, inputs, nodes, None if recorded is None else json.loads(recorded))
 
 
 def walk_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

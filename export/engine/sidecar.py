@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ class Sidecar:
     plugin: dict[str, Any] | None
     profiles: dict[str, Any]
     options: dict[str, Any]
-    configuration: Mapping[str, Any] | None
+    configuration: Any
     onnx_sha256: str
     nodes: int
     format: int = FORMAT

@@ -1,8 +1,10 @@
 /* Walks the TensorRT plugin without TensorRT: blockskip_plugin_host LIBRARY PLAN [--run DIRECTORY]
+ *                                            blockskip_plugin_host LIBRARY --fields
  *
  * For every node and profile of the plan it does what TensorRT does with a plugin: creator, fields, clone, build
  * capability (types, shapes, formats, configuration, workspace), serialisation, creation for the runtime, context,
- * shapes. With --run, also enqueue on a GPU for the profiles that have data; outputs go to DIRECTORY.
+ * shapes. With --run, also enqueue on a GPU for the profiles that have data; outputs go to DIRECTORY. --fields prints
+ * the fields that the creator advertises.
  * One JSON object a line on standard output. Exit code: 0 all walked, 1 a step failed, 2 usage. */
 
 #include "plugin_library.h"
@@ -66,6 +68,20 @@ void walkNode(host::PluginLibrary const& library, host::Node const& node, host::
     }
 }
 
+/* Types as the op contract calls them. */
+void printFields(nvinfer1::PluginFieldCollection const& fields)
+{
+    for (int32_t i = 0; i < fields.nbFields; ++i)
+    {
+        nvinfer1::PluginFieldType const type = fields.fields[i].type;
+        char const* kind = type == nvinfer1::PluginFieldType::kINT32 ? "int"
+            : type == nvinfer1::PluginFieldType::kFLOAT32            ? "float"
+            : type == nvinfer1::PluginFieldType::kCHAR               ? "string"
+                                                                     : "unknown";
+        std::printf("{\"name\": %s, \"kind\": \"%s\"}\n", quoted(fields.fields[i].name).c_str(), kind);
+    }
+}
+
 } // namespace
 
 int main(int argc, char** argv)
@@ -73,7 +89,7 @@ int main(int argc, char** argv)
     bool const run = argc == 5 && std::strcmp(argv[3], "--run") == 0;
     if (argc != 3 && !run)
     {
-        std::fprintf(stderr, "usage: %s LIBRARY PLAN [--run DIRECTORY]\n", argv[0]);
+        std::fprintf(stderr, "usage: %s LIBRARY PLAN [--run DIRECTORY]\n       %s LIBRARY --fields\n", argv[0], argv[0]);
         return 2;
     }
     host::Logger logger;
@@ -81,6 +97,11 @@ int main(int argc, char** argv)
     try
     {
         host::PluginLibrary const library{argv[1], logger};
+        if (std::strcmp(argv[2], "--fields") == 0)
+        {
+            printFields(library.fields());
+            return 0;
+        }
         std::unique_ptr<host::Gpu> const gpu = run ? std::make_unique<host::Gpu>() : nullptr;
         if (gpu != nullptr)
         {

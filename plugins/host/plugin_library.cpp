@@ -64,15 +64,21 @@ PluginLibrary::PluginLibrary(std::string const& path, nvinfer1::ILoggerFinder& f
         "the creator does not carry the op's name, version and namespace");
 }
 
-Plugin PluginLibrary::createForBuild(Node const& node) const
+PluginFieldCollection const& PluginLibrary::fields() const
 {
     PluginFieldCollection const* advertised = mCreator->getFieldNames();
-    require(advertised != nullptr, "the creator advertises no fields");
+    require(advertised != nullptr && advertised->nbFields > 0, "the creator advertises no fields");
+    return *advertised;
+}
+
+Plugin PluginLibrary::createForBuild(Node const& node) const
+{
+    PluginFieldCollection const& advertised = this->fields();
     std::vector<PluginField> fields;
-    for (int32_t i = 0; i < advertised->nbFields; ++i)
+    for (int32_t i = 0; i < advertised.nbFields; ++i)
     {
         auto const attribute = std::find_if(node.attributes.begin(), node.attributes.end(),
-            [&](Attribute const& a) { return a.name == advertised->fields[i].name; });
+            [&](Attribute const& a) { return a.name == advertised.fields[i].name; });
         if (attribute == node.attributes.end())
         {
             continue;

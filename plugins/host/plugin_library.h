@@ -21,6 +21,9 @@ public:
     /* Opens the library, gives it the logger and finds the creator of the op; throws std::runtime_error. */
     PluginLibrary(std::string const& path, nvinfer1::ILoggerFinder& finder);
 
+    /* What the creator advertises. */
+    nvinfer1::PluginFieldCollection const& fields() const;
+
     /* createPlugin with the fields the ONNX parser would read off the node: those the creator advertises. */
     Plugin createForBuild(Node const& node) const;
 

@@ -105,7 +105,7 @@ Tensor readTensor(std::istream& line)
     return tensor;
 }
 
-void readStatement(std::vector<Node>& nodes, std::string const& text)
+void readStatement(std::vector<Node>& nodes, std::string const& text, std::string const& folder)
 {
     std::istringstream line{text};
     std::string const kind = word(line);
@@ -151,7 +151,7 @@ void readStatement(std::vector<Node>& nodes, std::string const& text)
         {
             throw std::runtime_error("data for \"" + name + "\", which is no input");
         }
-        input->data = word(line);
+        input->data = folder + word(line);
     }
     else
     {
@@ -183,6 +183,8 @@ std::vector<Node> readPlan(std::string const& path)
     {
         throw std::runtime_error("cannot read the plan " + path);
     }
+    // npos + 1 is 0: no folder in the path
+    std::string const folder = path.substr(0, path.rfind('/') + 1);
     std::vector<Node> nodes;
     std::string line;
     for (int32_t number = 1; std::getline(file, line); ++number)
@@ -191,7 +193,7 @@ std::vector<Node> readPlan(std::string const& path)
         {
             if (!line.empty())
             {
-                readStatement(nodes, line);
+                readStatement(nodes, line, folder);
             }
         }
         catch (std::exception const& error)

@@ -5,7 +5,7 @@
  *     attribute NAME int|float|string VALUE
  *     profile NAME
  *     input|output NAME TYPE min D,D,.. opt D,D,.. max D,D,..
- *     data NAME PATH                 raw bytes of an input at its `opt` shape; makes the profile runnable on a GPU
+ *     data NAME FILE                 beside the plan: an input's raw bytes at its `opt` shape, for a run on a GPU
  * A profile belongs to the node above it, tensors and data to the profile above them. TYPE is TensorRT's:
  * float half bf16 int32 int64 int8 bool. */
 #ifndef BLOCKSKIP_WALK_PLAN_H
@@ -34,7 +34,7 @@ struct Tensor
     std::string name;
     nvinfer1::DataType type;
     nvinfer1::Dims min, opt, max;
-    std::string data; // file, "" where none
+    std::string data; // path of the file, "" where none
 
     /* Bytes at the `opt` shape. */
     size_t bytes() const;

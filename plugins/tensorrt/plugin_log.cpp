@@ -25,6 +25,8 @@ void logMessage(nvinfer1::ILogger::Severity severity, std::string const& message
     try
     {
         std::string const text = kPREFIX + message;
+        // The finder knows the logger of a running build or execution only. A creator is also called outside of both;
+        // then standard error is the one place where nobody filters the reason away.
         nvinfer1::ILoggerFinder* finder = gFinder.load();
         nvinfer1::ILogger* logger = finder == nullptr ? nullptr : finder->findLogger();
         if (logger != nullptr)

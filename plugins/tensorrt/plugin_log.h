@@ -1,4 +1,4 @@
-/* Where the plugin's words go: TensorRT's logger and error recorder, or standard error outside TensorRT. */
+/* Where the plugin's words go: TensorRT's logger and error recorder; standard error where TensorRT offers no logger. */
 #ifndef BLOCKSKIP_PLUGIN_LOG_H
 #define BLOCKSKIP_PLUGIN_LOG_H
 

@@ -1,0 +1,81 @@
+"""What the tests of plugin and engine builder share: the built library, TensorRT's stand-ins, exported models.
+
+Nothing here needs a GPU. TensorRT-RTX aborts the process on some paths, so everything that loads it runs in a process
+of its own; a test without its part is skipped with the command that provides it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorrt_support import HOST, LIBRARY, ROOT, Run, run_process
+
+
+@pytest.fixture(scope="session")
+def plugin_library() -> Path:
+    """The plugin library, from `BLOCKSKIP_TENSORRT_PLUGIN` or `build/`."""
+    path = Path(os.environ.get("BLOCKSKIP_TENSORRT_PLUGIN") or ROOT / "build" / LIBRARY)
+    if not path.is_file():
+        pytest.skip(f"{path} is not built: cmake -S plugins -B build && cmake --build build")
+    return path.resolve()
+
+
+@pytest.fixture(scope="session")
+def host(plugin_library: Path) -> Path:
+    """The program that walks the plugin without TensorRT; built beside the library."""
+    path = plugin_library.with_name(HOST)
+    if not path.is_file():
+        pytest.skip(f"{path} is not built: it needs cuda.h (pip install triton==3.9.0)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def run_rtx() -> Run:
+    """Runs Python code in a process where `tensorrt_rtx` can be imported."""
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("TensorRT-RTX is not installed: pip install tensorrt-rtx")
+
+    def run(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return run_process([sys.executable, "-c", code, *arguments])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_bindings(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Runs Python code in a process where `tensorrt` is the real TensorRT 11 binding on TensorRT-RTX's libraries.
+
+    The binding finds them under the names of TensorRT's own libraries; `libnvinfer_plugin` is an empty stand-in, as
+    TensorRT-RTX has none.
+    """
+    for module, wheel in (("tensorrt_rtx_libs", "tensorrt-rtx"), ("tensorrt_bindings", "tensorrt-cu13-bindings")):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed: pip install {wheel}")
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler for the stand-in of libnvinfer_plugin: install g++")
+    folder = tmp_path_factory.mktemp("tensorrt")
+    spec = importlib.util.find_spec("tensorrt_rtx_libs")
+    assert spec is not None and spec.submodule_search_locations
+    libraries = Path(next(iter(spec.submodule_search_locations)))
+    (folder / "libnvinfer.so.11").symlink_to(libraries / "libtensorrt_rtx.so.1")
+    (folder / "libnvonnxparser.so.11").symlink_to(libraries / "libtensorrt_onnxparser_rtx.so.1")
+    stand_in = folder / "plugin.cpp"
+    stand_in.write_text('extern "C" bool initLibNvInferPlugins(void*, char const*) { return true; }\n')
+    subprocess.run([compiler, "-shared", "-fPIC", stand_in, "-o", folder / "libnvinfer_plugin.so.11"], check=True)
+    package = folder / "tensorrt"
+    package.mkdir()
+    (package / "__init__.py").write_text("from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n")
+
+    def run(code: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        return run_process(
+            [sys.executable, "-c", code, *arguments], PYTHONPATH=str(folder), LD_LIBRARY_PATH=str(folder)
+        )
+
+    return run
