@@ -99,6 +99,7 @@ def quality(
     lengths: Sequence[int] | None = None,
     needles: Iterable[Needle] = (),
     unit: str = "head",
+    masses: bool = True,
     state: Path | str | None = None,
     progress: Progress | None = None,
 ) -> Quality:
@@ -111,6 +112,7 @@ def quality(
         lengths: tokens; by default the length of the longest text.
         needles: from `sparse_attention.needle.needles`.
         unit: "head" or "group", as the kernel decides.
+        masses: whether to run the first text of each length once more, to measure dropped mass and its bound per layer.
         state: a JSON file of finished pieces; a run that was cut off goes on from there.
         progress: is told what is being done.
 
@@ -126,7 +128,7 @@ def quality(
     first = next(iter(configs.values()))
     with trial(model, first, unit=unit) as layers:
         kept = _State(state, fingerprint(model, layers, {"unit": unit}))
-        run = _Run(model, first, configs, unit, kept, progress, _amount(by_length, needles, configs))
+        run = _Run(model, first, configs, unit, masses, kept, progress, _amount(by_length, needles, configs))
         for length, some in by_length.items():
             run.texts(length, some)
         run.needles(needles)
@@ -138,10 +140,10 @@ class _Run:
 
     def __init__(
         self, model: nn.Module, dense: SparseAttentionConfig, configs: Mapping[str, SparseAttentionConfig], unit: str,
-        state: _State, progress: Progress | None, amount: int,
+        masses: bool, state: _State, progress: Progress | None, amount: int,
     ) -> None:  # fmt: skip
         self.model, self.configs, self.unit, self.state = model, configs, unit, state
-        self.dense = dense
+        self.dense, self.masses = dense, masses
         self.progress, self.amount, self.done = progress, amount, 0
         self.predictions: Predictions | None = None
         self.pieces: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -151,13 +153,14 @@ class _Run:
         for index, text in enumerate(texts):
             ids = shortened(text, length)
             assert isinstance(ids, Tensor)
-            keys = {name: _key(config, text_fingerprint(ids), index == 0) for name, config in self.configs.items()}
+            with_mass = self.masses and index == 0
+            keys = {name: _key(config, text_fingerprint(ids), with_mass) for name, config in self.configs.items()}
             if any(key not in self.state for key in keys.values()):
                 self.predictions = self.predictions or Predictions(self.model, ids)
                 dense = self._dense(ids)
             for name, key in keys.items():
                 if key not in self.state:
-                    self.state[key] = self._judge(name, ids, dense, index == 0)
+                    self.state[key] = self._judge(name, ids, dense, with_mass)
                 self.pieces.setdefault((name, length), []).append(self.state[key])
                 self._step(f"{name} at {length} tokens")
 
