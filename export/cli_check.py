@@ -14,7 +14,7 @@ from export.parity import check as check_file
 from export.report import print_parity, write_json
 from export.runners import metadata, read_graph
 from export.save import check_output
-from export.signatures import signature_of
+from export.signatures import signature_from
 from sparse_attention.errors import CheckError
 
 
@@ -34,7 +34,7 @@ def check(
         progress("loading the model")
         loaded = load_model(against, dtype=dtype)
         described = metadata(graph, "signature") or {}
-        signature = signature_of(loaded.model, examples=loaded.examples, dynamic=loaded.dynamic, **described)
+        signature = signature_from(described, loaded.model, loaded.examples, loaded.dynamic)
         result = check_file(
             file, loaded.model, tokenizer=loaded.tokenizer, name=loaded.name, tokens=loaded.clip(tokens),
             signature=signature, progress=progress,

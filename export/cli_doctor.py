@@ -33,7 +33,7 @@ _PACKAGES = (
     ("onnxscript", "export", "pip install onnxscript"),
     ("onnxruntime", "check, generate", "pip install onnxruntime"),
     ("onnxruntime-gpu", "running .onnx on a GPU", "pip install onnxruntime-gpu"),
-    ("tensorrt", "building .engine", "pip install tensorrt --extra-index-url https://pypi.nvidia.com"),
+    ("tensorrt", "building .engine", "pip install tensorrt"),
     ("triton", "compiling the kernels", "pip install triton==3.9.0"),
     ("matplotlib", "plots", "pip install matplotlib"),
 )

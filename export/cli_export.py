@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from export.adapter import Padding
 from export.cli_common import DEFAULT_CONFIG, Config, Force, Json, Overrides, Report, Tokens, one_of, print_json, status
 from export.models import DTYPES, LoadedModel, load_model
 from export.parity import ParityReport
@@ -19,7 +20,6 @@ from export.pipeline import export as export_model
 from export.report import print_parity, print_rewriting, write_json
 from export.rewrite_file import read_onnx, rewrite
 from export.save import check_output
-from export.signatures import Padding
 from sparse_attention import attention_modules, load_config
 from sparse_attention.config import SparseAttentionConfig
 from sparse_attention.errors import CheckError
@@ -28,7 +28,7 @@ from sparse_attention.patterns import resolve
 
 def export(
     model: Annotated[
-        str, typer.Argument(help="A Hugging Face directory or id, a .gguf file, module:callable, or .onnx.")
+        str, typer.Argument(help="A directory or id of Hugging Face, a .gguf, module:callable, an .onnx.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="out.onnx or out.engine.")],
     config: Config = DEFAULT_CONFIG,
@@ -38,13 +38,19 @@ def export(
     padding: Annotated[
         str, typer.Option(help="What an attention_mask input may hide: none, right, any; auto asks the model.")
     ] = "auto",
+    kv_cache: Annotated[
+        bool, typer.Option("--kv-cache", help="One graph with a KV cache for prefill, chunks and decode.")
+    ] = False,
+    static_cache: Annotated[
+        int, typer.Option("--static-cache", min=0, help="The same with this many preallocated keys.")
+    ] = 0,
     unit: Annotated[str, typer.Option(help="Decide per query head, or jointly per group of heads.")] = "head",
     tunable: Annotated[
         bool, typer.Option("--tunable", help="Add the input threshold_scale, which multiplies every λ (0 = dense).")
     ] = False,
     counts: Annotated[
         bool,
-        typer.Option("--counts", help="Add the output tile_counts: tiles skipped and existing, per layer and head."),
+        typer.Option("--counts", help="Add the output tile_counts: tiles skipped and total, per layer and head."),
     ] = False,
     no_check: Annotated[bool, typer.Option("--no-check", help="Do not compare the file with PyTorch.")] = False,
     tokens: Tokens = 2048,
@@ -57,9 +63,14 @@ def export(
     settings = load_config(config, overrides or ())
     output_format(output, settings)
     options = ExportOptions(
-        opset=opset, padding=cast(Padding, one_of("--padding", padding, ("auto", "none", "right", "any"))),
-        tunable=tunable, counts=counts, unit=one_of("--unit", unit, ("head", "group")),
-    )  # fmt: skip
+        opset=opset,
+        padding=cast(Padding, one_of("--padding", padding, ("auto", "none", "right", "any"))),
+        kv_cache=kv_cache or static_cache > 0,
+        static_cache=static_cache,
+        tunable=tunable,
+        counts=counts,
+        unit=one_of("--unit", unit, ("head", "group")),
+    )
     if dry_run:
         _dry_run(model, settings, dtype, unit, as_json)
         return

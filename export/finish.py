@@ -15,8 +15,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common as passes
 
 from export import op
+from export.adapter import ADAPTED
 from export.function_body import Features, function_body
-from export.signatures import ADAPTED
 from sparse_attention.errors import ModelError
 
 METADATA = "block_skip_attention"

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from export.adapter import Signature
 from export.compare import LayerResult, compare_layer
 from export.finish import op_nodes
 from export.runners import NodeRunner, as_numpy, metadata, read_graph, session
 from export.samples import sample_inputs
-from export.signatures import Signature, signature_of
+from export.signatures import signature_from
 from export.tolerances import LOGITS
 from sparse_attention import layers_of, observed, restore, sparsify
 from sparse_attention.errors import CheckError
@@ -117,7 +118,7 @@ def check(
     path = Path(path)
     graph = read_graph(path)
     nodes = {(node.name or "").rsplit(".", 1)[0]: node for node in op_nodes(graph)}
-    signature = signature or signature_of(model, **(metadata(graph, "signature") or {}))
+    signature = signature or signature_from(metadata(graph, "signature") or {}, model)
     inputs: dict[str, Tensor] | None = sample_inputs(signature, tokenizer, tokens)
     results: dict[tuple[str, str], LayerResult] = {}
     runners: dict[str, NodeRunner] = {}

@@ -12,13 +12,14 @@ from typing import Any, Literal
 import onnx_ir as ir
 from torch import nn
 
+from export.adapter import Dynamic, Padding, Signature
 from export.engine.options import EngineOptions
 from export.finish import finish, op_nodes
 from export.models import LoadedModel
 from export.rewrite import RewriteReport
 from export.rewrite_file import read_onnx, rewrite
 from export.save import check_output, save_onnx
-from export.signatures import Dynamic, Padding, Signature, signature_of
+from export.signatures import signature_from
 from export.trace import trace
 from sparse_attention import layers_of, load_config, restore, sparsify
 from sparse_attention.config import SparseAttentionConfig
@@ -33,12 +34,16 @@ SUFFIXES: dict[str, Format] = {".onnx": "onnx", ".engine": "tensorrt", ".plan": 
 class ExportOptions:
     """How the graph is made.
 
-    `opset` of the default ONNX domain; `padding` what an `attention_mask` input may hide; `tunable` adds the input
-    `threshold_scale`; `counts` adds the output `tile_counts`; `unit` of decision, "head" or "group".
+    `opset` of the default ONNX domain; `padding` what an `attention_mask` input may hide; `kv_cache` makes one graph
+    for prefill, chunks and decode, `static_cache` the same with so many preallocated keys; `tunable` adds the input
+    `threshold_scale`; `counts` adds the output `tile_counts`; `unit` of decision, "head" or "group"; `examples` and
+    `dynamic` are the inputs of a model that is not of Hugging Face.
     """
 
     opset: int = 23
     padding: Padding = "auto"
+    kv_cache: bool = False
+    static_cache: int = 0
     tunable: bool = False
     counts: bool = False
     unit: str = "head"
@@ -47,7 +52,7 @@ class ExportOptions:
 
     def signature(self, model: nn.Module) -> Signature:
         """The graph's inputs and outputs for `model`."""
-        return signature_of(model, padding=self.padding, examples=self.examples, dynamic=self.dynamic)
+        return signature_from(self.described, model, self.examples, self.dynamic)
 
     def with_examples(self, loaded: LoadedModel) -> ExportOptions:
         """The same options with what a loaded model says of its inputs."""
@@ -56,7 +61,7 @@ class ExportOptions:
     @property
     def described(self) -> dict[str, Any]:
         """What `signature_of` needs to know again when the file is checked."""
-        return {"padding": self.padding}
+        return {"padding": self.padding, "kv_cache": self.kv_cache, "static_cache": self.static_cache}
 
 
 @dataclass(frozen=True)

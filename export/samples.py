@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.signatures import Signature
+from export.adapter import Signature
 from sparse_attention.errors import UsageError
 
 

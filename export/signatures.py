@@ -1,76 +1,31 @@
-"""What a graph's inputs and outputs are: an adapter per kind of model, example inputs, named dynamic dimensions."""
+"""A graph's signature for each kind of model: decoders with and without a cache, encoders, anything with examples."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from export.adapter import BATCH, SEQUENCE, Adapter, Dynamic, Padding, Signature, is_decoder, positions, right_padded
+from export.cache import cached_signature
 from sparse_attention.errors import ModelError, UsageError
 from sparse_attention.huggingface import Visibility, given_lengths
 
-Padding = Literal["auto", "none", "right", "any"]
-"""What the graph's `attention_mask` may hide: nothing (no such input), the right end, or anything."""
 
-Dynamic = dict[int, str]
-
-ADAPTED = "adapted"
-"""Name of the model inside its adapter: the first part of every module scope in a traced graph."""
-
-_BATCH, _SEQUENCE = 2, 24  # of the example inputs; no dimension of a model is likely to be 24 by accident
-
-
-class Adapter(nn.Module):
-    """Calls a model with positional tensors, as a graph does, and returns a tuple of tensors."""
-
-    def __init__(self, model: nn.Module, call: Callable[..., Sequence[Tensor]]) -> None:
-        super().__init__()
-        self.add_module(ADAPTED, model)
-        self._call = call
-
-    @property
-    def model(self) -> nn.Module:
-        """The adapted model."""
-        return self.get_submodule(ADAPTED)
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self._call(self.model, *inputs))
-
-
-@dataclass(frozen=True)
-class Signature:
-    """A module that takes the graph's inputs in order, example inputs, dynamic dimensions by name, output names."""
-
-    module: Adapter
-    examples: dict[str, Tensor]
-    dynamic: dict[str, Dynamic]
-    outputs: tuple[str, ...]
-
-    def sample(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """Inputs of the graph for the tokens `[B, S]`, none of them padded."""
-        ones = torch.ones_like(input_ids)
-        known = {"input_ids": input_ids, "attention_mask": ones, "token_type_ids": torch.zeros_like(input_ids)}
-        return {name: known.get(name, example) for name, example in self.examples.items()}
-
-    def following(self, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor] | None:
-        """Inputs of the call that comes after one with these inputs and outputs; None where calls do not follow."""
-        return None
-
-    def run(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The graph's outputs by name, computed by PyTorch."""
-        values = self.module(*(inputs[name] for name in self.examples))
-        return dict(zip(self.outputs, values, strict=True))
-
-
-def is_decoder(model: nn.Module) -> bool:
-    """Whether the model generates text token by token."""
-    can_generate = getattr(model, "can_generate", None)
-    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return bool(can_generate is not None and can_generate() and not encoder_decoder)
+def signature_from(
+    described: Mapping[str, Any],
+    model: nn.Module,
+    examples: Mapping[str, Tensor] | None = None,
+    dynamic: Mapping[str, Dynamic] | None = None,
+) -> Signature:
+    """The signature that `ExportOptions.described` tells of, as a file carries it in its metadata."""
+    padding, static = described.get("padding", "auto"), described.get("static_cache", 0)
+    if described.get("kv_cache") or static:
+        return cached_signature(model, padding=padding, static=static)
+    return signature_of(model, padding=padding, examples=examples, dynamic=dynamic)
 
 
 def signature_of(
@@ -106,22 +61,6 @@ def signature_of(
     return _encoder(model, "any" if padding == "auto" else padding)
 
 
-def right_padded(mask: Tensor) -> Visibility:
-    """The lengths that a right padded mask `[B, S]` (1 = valid) describes, for self-attention without a past."""
-    lengths = mask.sum(-1).to(torch.int32)
-    return Visibility(kv_lengths=lengths, q_lengths=lengths)
-
-
-def positions(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Position of every token, `[B, S]`: counted over the valid tokens, as `generate` of transformers does.
-
-    Written out for every batch element: the exporter's fused RotaryEmbedding does not broadcast over the batch.
-    """
-    if attention_mask is None:
-        return torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0).expand(input_ids.shape[0], -1)
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
-
-
 def _decoder(model: nn.Module, padding: Padding) -> Signature:
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
 
@@ -135,9 +74,9 @@ def _decoder(model: nn.Module, padding: Padding) -> Signature:
         with given_lengths(lengths):  # the mask only keeps transformers from looking for packed sequences
             return [model(input_ids, attention_mask=torch.ones_like(input_ids), **options).logits]
 
-    examples = {"input_ids": torch.randint(0, model.config.vocab_size, (_BATCH, _SEQUENCE))}
+    examples = {"input_ids": torch.randint(0, model.config.vocab_size, (BATCH, SEQUENCE))}
     if padding != "none":
-        examples["attention_mask"] = torch.ones(_BATCH, _SEQUENCE, dtype=torch.int64)
+        examples["attention_mask"] = torch.ones(BATCH, SEQUENCE, dtype=torch.int64)
     dynamic = {name: {0: "batch", 1: "sequence"} for name in examples}
     return Signature(Adapter(model, call), examples, dynamic, ("logits",))
 
@@ -152,14 +91,14 @@ def _encoder(model: nn.Module, padding: Padding) -> Signature:
         size = getattr(config, "image_size", 224)
         height, width = size if isinstance(size, list | tuple) else (size, size)
         dtype = next(model.parameters()).dtype
-        examples[main] = torch.rand(_BATCH, getattr(config, "num_channels", 3), height, width, dtype=dtype)
+        examples[main] = torch.rand(BATCH, getattr(config, "num_channels", 3), height, width, dtype=dtype)
         dynamic[main] = {0: "batch"}
     elif main == "input_ids" and "decoder_input_ids" not in parameters:
-        examples[main] = torch.randint(0, config.vocab_size, (_BATCH, _SEQUENCE))
+        examples[main] = torch.randint(0, config.vocab_size, (BATCH, SEQUENCE))
         if padding != "none" and "attention_mask" in parameters:
-            examples["attention_mask"] = torch.ones(_BATCH, _SEQUENCE, dtype=torch.int64)
+            examples["attention_mask"] = torch.ones(BATCH, SEQUENCE, dtype=torch.int64)
         if "token_type_ids" in parameters and getattr(config, "type_vocab_size", 0) > 1:
-            examples["token_type_ids"] = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64)
+            examples["token_type_ids"] = torch.zeros(BATCH, SEQUENCE, dtype=torch.int64)
         dynamic |= {name: {0: "batch", 1: "sequence"} for name in examples}
     else:
         raise ModelError(

@@ -14,7 +14,7 @@ import torch
 from onnxscript import values
 
 from export import op, schema
-from export.signatures import Signature
+from export.adapter import Signature
 from sparse_attention.attention import OP
 from sparse_attention.errors import ModelError
 

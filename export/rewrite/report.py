@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
-from export.signatures import ADAPTED
+from export.adapter import ADAPTED
 from sparse_attention.patterns import ResolvedAttention
 
 _SCOPES = "pkg.torch.onnx.name_scopes"

@@ -1,0 +1,188 @@
+"""Graphs with a KV cache: one graph for an empty past, chunks and single tokens; the cache grows or is preallocated.
+
+Names are the ecosystem's: `past_key_values.N.key` / `.value` in, `present.N.key` / `.value` out, `[B, Hk, length, D]`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from export.adapter import BATCH, SEQUENCE, Adapter, Dynamic, Padding, Signature, is_decoder, positions, right_padded
+from sparse_attention.errors import ModelError, UsageError
+from sparse_attention.huggingface import Visibility, given_lengths
+
+_PAST = 40  # of the example inputs
+
+
+@dataclass(frozen=True)
+class CachedSignature(Signature):
+    """A graph that takes and returns its cache; `static` is the preallocated length, 0 where the cache grows."""
+
+    static: int = 0
+
+    def sample(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """Inputs of a first call: the whole prompt, an empty cache."""
+        batch, length = input_ids.shape
+        given = {"input_ids": input_ids, "attention_mask": torch.ones(batch, length, dtype=torch.int64)}
+        given |= _lengths(torch.zeros(batch), torch.full((batch,), length))
+        for name, example in self.examples.items():
+            if name not in given:
+                shape = (batch, example.shape[1], self.static, example.shape[3])
+                given[name] = torch.zeros(shape, dtype=example.dtype)
+        return {name: given[name] for name in self.examples}
+
+    def following(self, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs of a decode step: the likeliest token, on the cache that the call before left."""
+        token = outputs["logits"][:, -1].argmax(-1, keepdim=True)
+        given = {name.replace("present", "past_key_values"): value for name, value in outputs.items()}
+        given["input_ids"] = token
+        if "attention_mask" in self.examples:
+            mask = inputs["attention_mask"]
+            given["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
+        if self.static:
+            given |= _lengths(inputs["kv_lengths"], inputs["kv_lengths"] + 1)
+        return {name: given[name] for name in self.examples}
+
+
+def _lengths(start: Tensor, end: Tensor) -> dict[str, Tensor]:
+    return {"q_start": start.to(torch.int32), "kv_lengths": end.to(torch.int32)}
+
+
+def cached_signature(model: nn.Module, *, padding: Padding = "auto", static: int = 0) -> CachedSignature:
+    """The signature of a decoder's graph with a KV cache.
+
+    A growing cache (`static = 0`) takes `input_ids [batch, sequence]` and, unless `padding` is "none",
+    `attention_mask [batch, past + sequence]`. A preallocated one holds `static` keys and takes `q_start [batch]`, the
+    tokens that are in it already, and `kv_lengths [batch]`, those that are valid after this call: rows of the batch may
+    have different lengths, padded on the right. Both are int32.
+
+    Raises:
+        ModelError: where the model keeps no keys and values of attention.
+        UsageError: where `static` or `padding` does not fit the model.
+    """
+    if not is_decoder(model):
+        raise ModelError("only a decoder has a KV cache", where=type(model).__name__, fix="leave out --kv-cache")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if static and limit and static > limit:
+        raise UsageError("the cache is longer than the model's positions", where="--static-cache", found=str(static),
+                         fix=f"use {limit} or less")  # fmt: skip
+    shapes = _cache_shapes(model)
+    names = [f"{i}.{part}" for i in range(len(shapes)) for part in ("key", "value")]
+    past = {f"past_key_values.{name}": shapes[i // 2][i % 2] for i, name in enumerate(names)}
+    dtype = next(model.parameters()).dtype
+    examples = {"input_ids": torch.randint(0, model.config.vocab_size, (BATCH, SEQUENCE))}
+    dynamic: dict[str, Dynamic] = {"input_ids": {0: "batch", 1: "sequence"}}
+    if static:
+        if padding not in ("auto", "right"):
+            raise UsageError("a preallocated cache is padded on the right", where="--padding", found=padding,
+                             fix="leave --padding out")  # fmt: skip
+        examples |= _lengths(torch.zeros(BATCH), torch.full((BATCH,), SEQUENCE))
+        dynamic |= {"q_start": {0: "batch"}, "kv_lengths": {0: "batch"}}
+    elif padding != "none":
+        examples["attention_mask"] = torch.ones(BATCH, _PAST + SEQUENCE, dtype=torch.int64)
+        dynamic["attention_mask"] = {0: "batch", 1: "total"}
+    for name, (heads, size) in past.items():
+        examples[name] = torch.zeros(BATCH, heads, static or _PAST, size, dtype=dtype)
+        dynamic[name] = {0: "batch"} if static else {0: "batch", 2: "past"}
+    call = _static_call if static else _growing_call(padding)
+    outputs = ("logits", *(f"present.{name}" for name in names))
+    return CachedSignature(Adapter(model, call), examples, dynamic, outputs, static)
+
+
+def _cache_shapes(model: nn.Module) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Heads and size of K and of V per layer, seen in a cache that the model itself filled."""
+    with torch.no_grad():
+        cache = model(torch.zeros(1, 2, dtype=torch.int64), use_cache=True).past_key_values
+    shapes = []
+    for layer in getattr(cache, "layers", ()):
+        k, v = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if not isinstance(k, Tensor) or not isinstance(v, Tensor) or k.dim() != 4:
+            raise ModelError("a layer of the cache does not hold keys and values", where=type(model).__name__,
+                             found=type(layer).__name__, fix="export it without --kv-cache")  # fmt: skip
+        shapes.append(((k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])))
+    if not shapes:
+        raise ModelError("the model keeps no cache", where=type(model).__name__, fix="export it without --kv-cache")
+    return shapes
+
+
+def _growing_call(padding: Padding) -> Any:
+    def call(model: nn.Module, input_ids: Tensor, *rest: Tensor) -> Sequence[Tensor]:
+        from transformers import DynamicCache
+
+        mask, past = (None, rest) if padding == "none" else (rest[0], rest[1:])
+        cache = DynamicCache()
+        for i in range(len(past) // 2):
+            cache.update(past[2 * i], past[2 * i + 1], i)
+        total = past[0].shape[2] + input_ids.shape[1]
+        seen = torch.ones(input_ids.shape[0], total, dtype=torch.int64) if mask is None else mask
+        position_ids = positions(seen, mask if padding != "right" else None)[:, past[0].shape[2] :]
+        options = {"attention_mask": seen, "past_key_values": cache, "use_cache": True}
+        if _takes_positions(model):
+            options["position_ids"] = position_ids
+        if padding in ("auto", "any"):
+            logits = model(input_ids, **options).logits
+        else:
+            lengths = Visibility() if mask is None else right_padded(mask, input_ids.shape[1])
+            with given_lengths(lengths):
+                logits = model(input_ids, **options).logits
+        return [logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))]
+
+    return call
+
+
+def _static_call(
+    model: nn.Module, input_ids: Tensor, q_start: Tensor, kv_lengths: Tensor, *past: Tensor
+) -> Sequence[Tensor]:
+    start = q_start.to(torch.int64).unsqueeze(-1)
+    valid = kv_lengths.to(torch.int64).unsqueeze(-1) - start
+    rows = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+    cache = _preallocated(past, start, valid, rows)
+    options = {"attention_mask": torch.ones_like(input_ids), "past_key_values": cache, "use_cache": True}
+    if _takes_positions(model):
+        options["position_ids"] = start + torch.minimum(rows, (valid - 1).clamp(min=0))
+    lengths = Visibility(kv_lengths=kv_lengths, q_start=q_start, q_lengths=valid.squeeze(-1).to(torch.int32))
+    with given_lengths(lengths):
+        logits = model(input_ids, **options).logits
+    return [logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))]
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _preallocated(past: Sequence[Tensor], start: Tensor, valid: Tensor, rows: Tensor) -> Any:
+    """A cache of `transformers` over the buffers `past`, that writes row i of a call at position `start + i`.
+
+    `start`, `valid` (rows that count) are `[B, 1]`, `rows` `[1, S]`. Padded rows repeat the last valid one in its
+    place, so that no write leaves the buffer and none overwrites a valid key with another.
+    """
+    from transformers.cache_utils import Cache, StaticLayer
+
+    source = torch.minimum(rows, (valid - 1).clamp(min=0))
+    target = start + source
+
+    class Buffer(StaticLayer):
+        def __init__(self, keys: Tensor, values: Tensor) -> None:
+            super().__init__(max_cache_len=keys.shape[2])
+            self.keys, self.values, self.is_initialized = keys, values, True
+
+        def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+            self.keys = self._written(self.keys, key_states)
+            self.values = self._written(self.values, value_states)
+            return self.keys, self.values
+
+        def _written(self, buffer: Tensor, new: Tensor) -> Tensor:
+            where, taken = (index[:, None, :, None].expand_as(new) for index in (target, source.expand_as(target)))
+            value = torch.where((valid > 0)[:, None, :, None], new.gather(2, taken), buffer.gather(2, where))
+            return buffer.scatter(2, where, value)
+
+        def get_seq_length(self) -> int:
+            return 0  # positions are always given
+
+    return Cache(layers=[Buffer(past[2 * i], past[2 * i + 1]) for i in range(len(past) // 2)])
