@@ -115,7 +115,7 @@ def _in_functions(model: ir.Model) -> list[Left]:
 def _check_causality(site: AttentionSite, resolved: ResolvedAttention, plan: Plan) -> None:
     """`is_causal` set explicitly must agree with the graph; as a default it gives way to it."""
     if resolved.is_causal_explicit and resolved.is_causal != plan.is_causal:
-        unproven = plan.masks.seen or plan.masks.added
+        unproven = plan.masks.kept
         kept = " (its mask could not be proven causal and stays an input)" if unproven else ""
         raise ConfigError(
             "the configuration contradicts the model about causality",
@@ -128,7 +128,7 @@ def _check_causality(site: AttentionSite, resolved: ResolvedAttention, plan: Pla
 
 def _entry(site: AttentionSite, plan: Plan) -> Rewritten:
     inputs = ["q", "k", "v"]
-    if plan.masks.seen or plan.masks.added:
+    if plan.masks.kept:
         inputs.append("bias")
     if plan.match.kv_lengths is not None:
         inputs.append("kv_lengths")

@@ -66,10 +66,10 @@ def check(match: AttentionMatch, shapes: Shapes, calculus: IndexCalculus) -> Pla
     )
     if match.is_causal and match.kv_lengths is not None:
         masks.causal_offset = offset  # replaced by kv_lengths - Sq when the node is written
-    for value in masks.added:
-        if shapes.dtype(value) != dtype:
-            raise RefusalError(f"a bias ({value.name}) is {shapes.dtype(value)}, and q is {dtype}")
-    _check_mask_ranks(match, masks, q, shapes)
+    for leaf in masks.added:
+        if shapes.dtype(leaf.value) != dtype:
+            raise RefusalError(f"a bias ({leaf.value.name}) is {shapes.dtype(leaf.value)}, and q is {dtype}")
+    _check_mask_shapes(match, masks, (*q[:-1], columns) if match.layout != "BSE" else (), shapes)
     used = masks.causal_offset if masks.causal_offset is not None else Poly()
     q_start = None
     if (masks.causal_offset is not None or masks.window) and used != offset:
@@ -128,11 +128,18 @@ def _check_heads(q: Dims, k: Dims, v: Dims) -> None:
         raise RefusalError(f"{query} query heads, {keys} of K and {values} of V do not form groups")
 
 
-def _check_mask_ranks(match: AttentionMatch, masks: MaskParts, q: Dims, shapes: Shapes) -> None:
-    for value in [*(leaf.value for leaf in masks.seen), *masks.added]:
-        shape = shapes.shape(value)
+def _check_mask_shapes(match: AttentionMatch, masks: MaskParts, scores: Dims, shapes: Shapes) -> None:
+    """`scores` are the dimensions of q·k, () where the layout does not show them."""
+    for leaf in masks.kept:
+        shape = shapes.shape(leaf.value)
         if shape is None or len(shape) > 4:
-            raise RefusalError(f"the mask {value.name} has no known rank up to 4; run shape inference on the model")
-        merged = match.layout == "NSD" and match.mask_rank == 3 and len(shape) == 3
-        if merged and shape[0].constant != 1 and shape[0] != q[0]:
-            raise RefusalError(f"the mask {value.name} does not follow the merged batch and heads")
+            raise RefusalError(
+                f"the mask {leaf.value.name} has no known rank up to 4; run shape inference on the model"
+            )
+        if leaf.merged and len(shape) == 3 and shape[0].constant != 1 and shape[0] != scores[0]:
+            raise RefusalError(f"the mask {leaf.value.name} does not follow the merged batch and heads")
+    masked = None if match.root.op_type != "Softmax" else shapes.shape(match.root.outputs[0])
+    if masked is not None and len(masked) == len(scores):
+        for found, expected in zip(masked, scores, strict=True):
+            if expected.constant == 1 and _differ(found, expected):
+                raise RefusalError("a mask broadcasts the scores to more batches, heads or rows than q has")

@@ -46,7 +46,7 @@ def match(softmax: ir.Node, shapes: Shapes, opset: int) -> AttentionMatch:
     heads = (scores.heads or merged_heads(scores.q.value, shapes)) if layout == "NSD" else 1
     return AttentionMatch(
         family=FAMILY, root=softmax, output=output, q=scores.q, k=scores.k, v=Operand(v), scale=scores.factor,
-        softcap=scores.softcap, masks=scores.masks, mask_rank=scores.mask_rank or rank, layout=layout,
+        softcap=scores.softcap, masks=scores.masks, layout=layout,
         heads=(heads, heads),
     )  # fmt: skip
 

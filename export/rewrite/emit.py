@@ -10,13 +10,12 @@ import numpy as np
 import onnx_ir as ir
 
 from export import op
+from export.function_body import LOWEST
 from export.rewrite.check import Plan
 from export.rewrite.masks import Leaf
 from export.rewrite.match import Operand
 from export.rewrite.shapes import Shapes
 from sparse_attention.patterns import ResolvedAttention
-
-LOWEST = {ir.DataType.FLOAT: -3.4028235e38, ir.DataType.FLOAT16: -65504.0, ir.DataType.BFLOAT16: -3.3895314e38}
 
 
 @dataclass
@@ -157,11 +156,11 @@ def _bias(write: Writer, plan: Plan, shapes: Shapes, shared: dict[tuple[object, 
     seen, added = plan.masks.seen, plan.masks.added
     if not seen and not added:
         return None
-    merged = plan.match.heads[0] if plan.match.layout == "NSD" and plan.match.mask_rank == 3 else 0
-    key = (tuple(seen), tuple(added), plan.dtype, merged, write.anchor.graph)
+    heads = plan.match.heads[0]
+    key = (tuple(seen), tuple(added), plan.dtype, heads, write.anchor.graph)
     if key not in shared:
-        masks = [_as_seen(write, leaf, shapes, merged) for leaf in seen]
-        biases = [_rank_4(write, value, shapes, merged) for value in added]
+        masks = [_rank_4(write, _visible(write, leaf), leaf, shapes, heads) for leaf in seen]
+        biases = [_rank_4(write, _scaled(write, leaf, plan.dtype), leaf, shapes, heads) for leaf in added]
         visible = _chain(write, "And", masks) if masks else None
         bias = _chain(write, "Add", biases) if biases else None
         if bias is None:
@@ -170,32 +169,29 @@ def _bias(write: Writer, plan: Plan, shapes: Shapes, shared: dict[tuple[object, 
         elif visible is None:
             shared[key] = bias
         else:
-            shared[key] = write("Where", visible, bias, lowest(write, plan.dtype))
+            lowest = write.constant(LOWEST[plan.dtype], plan.dtype.numpy())
+            shared[key] = write("Where", visible, bias, lowest)
     return shared[key]
 
 
-def lowest(write: Writer, dtype: ir.DataType) -> ir.Value:
-    """The most negative finite number of a type, a scalar."""
-    return write.constant(LOWEST[dtype], dtype.numpy())
-
-
-def _as_seen(write: Writer, leaf: Leaf, shapes: Shapes, merged: int) -> ir.Value:
+def _visible(write: Writer, leaf: Leaf) -> ir.Value:
     value = leaf.value
     if value.dtype not in (ir.DataType.BOOL, None):
         value = write("Cast", value, to=ir.DataType.BOOL)
-    if leaf.hides:
-        value = write("Not", value)
-    return _rank_4(write, value, shapes, merged, shapes.rank(leaf.value))
+    return write("Not", value) if leaf.hides else value
 
 
-def _rank_4(write: Writer, value: ir.Value, shapes: Shapes, merged: int, rank: int | None = None) -> ir.Value:
-    rank = shapes.rank(value) if rank is None else rank
-    assert rank is not None
-    if merged and rank == 3:
-        shape = shapes.shape(value)
-        if shape is None or shape[0].constant != 1:
-            return _split_heads(write, value, merged)
-    return value if rank == 4 else write("Unsqueeze", value, write.constant(list(range(4 - rank))))
+def _scaled(write: Writer, leaf: Leaf, dtype: ir.DataType) -> ir.Value:
+    return leaf.value if leaf.factor == 1.0 else write("Mul", leaf.value, write.constant(leaf.factor, dtype.numpy()))
+
+
+def _rank_4(write: Writer, value: ir.Value, leaf: Leaf, shapes: Shapes, heads: int) -> ir.Value:
+    """A mask as `[B|1, H|1, Sq|1, Sk|1]`."""
+    shape = shapes.shape(leaf.value)
+    assert shape is not None  # checked
+    if leaf.merged and len(shape) == 3 and shape[0].constant != 1:
+        return _split_heads(write, value, heads)
+    return value if len(shape) == 4 else write("Unsqueeze", value, write.constant(list(range(4 - len(shape)))))
 
 
 def _chain(write: Writer, op_type: str, values: Sequence[ir.Value]) -> ir.Value:

@@ -36,17 +36,24 @@ _ROW, _COLUMN = index(2), index(3)
 
 
 class Mask(NamedTuple):
-    """One mask of an attention: added to the scores, or a Boolean that is True where a key is seen (or hidden)."""
+    """One mask of an attention: added to the scores, or a Boolean that is True where a key is seen (or hidden).
+
+    `factor` scales an added mask. `merged`: it is applied to scores `[B*H, Sq, Sk]` instead of `[B, H, Sq, Sk]`.
+    """
 
     value: ir.Value
     kind: Literal["add", "attend", "hide"]
+    factor: float = 1.0
+    merged: bool = False
 
 
 class Leaf(NamedTuple):
-    """A Boolean part of a mask; `hides` tells that True hides a key."""
+    """A part of a mask: a Boolean (`hides`: True hides a key), or a bias that is scaled by `factor`."""
 
     value: ir.Value
-    hides: bool
+    hides: bool = False
+    factor: float = 1.0
+    merged: bool = False
 
 
 @dataclass
@@ -61,7 +68,11 @@ class MaskParts:
     causal_offset: Poly | None = None
     window: int = 0
     seen: list[Leaf] = field(default_factory=list)
-    added: list[ir.Value] = field(default_factory=list)
+    added: list[Leaf] = field(default_factory=list)
+
+    @property
+    def kept(self) -> list[Leaf]:
+        return [*self.seen, *self.added]
 
 
 def take_apart(
@@ -78,64 +89,56 @@ def take_apart(
     walk = _Walk(calculus)
     for mask in masks:
         if mask.kind == "add":
-            walk.added(mask.value)
+            walk.added(Leaf(mask.value, factor=mask.factor, merged=mask.merged))
         else:
-            walk.seen(mask.value, mask.kind == "hide")
+            walk.seen(Leaf(mask.value, hides=mask.kind == "hide", merged=mask.merged))
     return walk.parts(stated, usable)
 
 
 class _Walk:
     def __init__(self, calculus: IndexCalculus) -> None:
         self.calculus = calculus
-        self.bands: list[tuple[Leaf | ir.Value, tuple[AtLeastZero, ...]]] = []
+        self.bands: list[tuple[Leaf, bool, tuple[AtLeastZero, ...]]] = []
+        """Parts that are bands around a diagonal, whether they are added, and their bounds."""
         self.result = MaskParts()
 
-    def seen(self, value: ir.Value, hides: bool) -> None:
+    def seen(self, leaf: Leaf) -> None:
         """Take a Boolean apart: `and` of parts, or `not or`."""
-        if self._proven(Leaf(value, hides), value, lambda element: negate(element) if hides else element):
+        if self._proven(leaf, False, lambda element: negate(element) if leaf.hides else element):
             return
-        node = value.producer()
-        operator = node.op_type if node is not None and node.domain == "" else ""
-        inputs = [operand for operand in node.inputs if operand is not None] if node is not None else []
-        if operator == ("Or" if hides else "And"):
+        operator, inputs = _operation(leaf.value)
+        if operator == ("Or" if leaf.hides else "And"):
             for operand in inputs:
-                self.seen(operand, hides)
+                self.seen(leaf._replace(value=operand))
         elif operator == "Not":
-            self.seen(inputs[0], not hides)
-        elif self._only_broadcasts(operator, value, inputs):
-            self.seen(inputs[0], hides)
+            self.seen(leaf._replace(value=inputs[0], hides=not leaf.hides))
+        elif self._only_broadcasts(operator, leaf.value, inputs):
+            self.seen(leaf._replace(value=inputs[0]))
         else:
-            self.result.seen.append(Leaf(value, hides))
+            self.result.seen.append(leaf)
 
-    def added(self, value: ir.Value) -> None:
+    def added(self, leaf: Leaf) -> None:
         """Take an additive mask apart: sums, and choices between something and a hidden score."""
-        if self._proven(value, value, _as_seen):
+        if self._proven(leaf, True, lambda element: _as_seen(element, leaf.factor)):
             return
-        node = value.producer()
-        operator = node.op_type if node is not None and node.domain == "" else ""
-        inputs = [operand for operand in node.inputs if operand is not None] if node is not None else []
+        operator, inputs = _operation(leaf.value)
+        hidden = [self._is_hidden(operand, leaf.factor) for operand in inputs[1:]] if operator == "Where" else []
         if operator == "Add":
             for operand in inputs:
-                self.added(operand)
-        elif operator == "Where" and self._is_hidden(inputs[2]):
-            self.seen(inputs[0], hides=False)
-            self._chosen(inputs[1])
-        elif operator == "Where" and self._is_hidden(inputs[1]):
-            self.seen(inputs[0], hides=True)
-            self._chosen(inputs[2])
-        elif self._only_broadcasts(operator, value, inputs):
-            self.added(inputs[0])
+                self.added(leaf._replace(value=operand))
+        elif any(hidden):  # a hidden score plus anything stays hidden, so the other branch may apply everywhere
+            self.seen(Leaf(inputs[0], hides=hidden[0], merged=leaf.merged))
+            if not all(hidden):
+                self.added(leaf._replace(value=inputs[2 if hidden[0] else 1]))
+        elif self._only_broadcasts(operator, leaf.value, inputs):
+            self.added(leaf._replace(value=inputs[0]))
         else:
-            self.result.added.append(value)
+            self.result.added.append(leaf)
 
-    def _chosen(self, value: ir.Value) -> None:
-        # A hidden score plus anything else stays hidden, so the other branch may apply everywhere.
-        self.added(value)
-
-    def _proven(self, source: Leaf | ir.Value, value: ir.Value, meaning: Callable[[Expression], Expression]) -> bool:
+    def _proven(self, leaf: Leaf, is_added: bool, meaning: Callable[[Expression], Expression]) -> bool:
         """Whether the whole value is always true or a band, and if so remember the band."""
         try:
-            grid = self.calculus.grid(value)
+            grid = self.calculus.grid(leaf.value)
             if len(grid.shape) > 4:
                 return False
             element = meaning(shift(grid.element, len(grid.shape), 4 - len(grid.shape)))
@@ -147,18 +150,18 @@ class _Walk:
             return True
         if len(bounds) != len(parts):
             return False
-        self.bands.append((source, bounds))
+        self.bands.append((leaf, is_added, bounds))
         return True
 
-    def _is_hidden(self, value: ir.Value) -> bool:
+    def _is_hidden(self, value: ir.Value, factor: float) -> bool:
         number = self.calculus.shapes.scalar(value)
         if number is None:
             try:
                 element = self.calculus.grid(value).element
             except NotUnderstoodError:
                 return False
-            return isinstance(element, Number) and element.value <= HIDDEN
-        return number <= HIDDEN
+            return isinstance(element, Number) and element.value * factor <= HIDDEN
+        return number * factor <= HIDDEN
 
     def _only_broadcasts(self, operator: str, value: ir.Value, inputs: list[ir.Value]) -> bool:
         """Whether a node only does what broadcasting would do anyway, or nothing."""
@@ -177,11 +180,11 @@ class _Walk:
     def parts(self, stated: Poly | None, usable: Callable[[Poly], bool]) -> MaskParts:
         """Decide on one offset; a band that does not fit it stays a mask."""
         result = self.result
-        found = [bound for _, bounds in self.bands for part in bounds if (bound := _bound(part))]
+        found = [bound for _, _, bounds in self.bands for part in bounds if (bound := _bound(part))]
         offsets = [distance for side, distance in found if side == "upper" and usable(distance)]
         result.causal_offset = stated if stated is not None else offsets[0] if offsets else None
         offset = result.causal_offset if result.causal_offset is not None else Poly()
-        for source, bounds in self.bands:
+        for leaf, is_added, bounds in self.bands:
             window = result.window
             for part in bounds:
                 side, distance = _bound(part) or ("", Poly())
@@ -196,21 +199,26 @@ class _Walk:
             else:
                 result.window = window
                 continue
-            if isinstance(source, Leaf):
-                result.seen.append(source)
-            else:
-                result.added.append(source)
+            (result.added if is_added else result.seen).append(leaf)
         return result
 
 
-def _as_seen(element: Expression) -> Expression:
+def _operation(value: ir.Value) -> tuple[str, list[ir.Value]]:
+    """The operator that computes a value, "" where it is none of ONNX, and its inputs."""
+    node = value.producer()
+    if node is None or node.domain != "":
+        return "", []
+    return node.op_type, [operand for operand in node.inputs if operand is not None]
+
+
+def _as_seen(element: Expression, factor: float) -> Expression:
     """An additive mask of zeros and hidden scores as the condition under which a key is seen."""
     match element:
         case Choice(condition, yes, no):
-            return both(_implies(condition, _as_seen(yes)), _implies(negate(condition), _as_seen(no)))
+            return both(_implies(condition, _as_seen(yes, factor)), _implies(negate(condition), _as_seen(no, factor)))
         case Number(value) if value == 0:
             return Truth(True)
-        case Number(value) if value <= HIDDEN:
+        case Number(value) if value * factor <= HIDDEN:
             return Truth(False)
         case Poly() if element == Poly():
             return Truth(True)

@@ -28,7 +28,6 @@ class AttentionMatch:
     `root` is its Softmax or Attention node, `output` the value that the op's output replaces. `is_causal` is causality
     stated by an attribute, row i seeing key j <= i. `kv_lengths` is an int64 `[B]` tensor of valid keys. `heads` are
     the query and K/V heads where the layout does not show them (NSD: how many are merged into N; BSE: both).
-    `mask_rank` is the rank of the scores that the masks are applied to.
     """
 
     family: str
@@ -41,7 +40,6 @@ class AttentionMatch:
     layout: Layout = "BHSD"
     softcap: float = 0.0
     masks: list[Mask] = field(default_factory=list)
-    mask_rank: int = 4
     is_causal: bool = False
     kv_lengths: ir.Value | None = None
     heads: tuple[int, int] = (1, 1)

@@ -124,6 +124,8 @@ def _parse(tree: ast.expr) -> Poly:
             return _parse(left) - _parse(right)
         case ast.BinOp(left=left, op=ast.Mult(), right=right):
             return _parse(left) * _parse(right)
+        case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=int() as power)) if 0 <= power < 8:
+            return product([_parse(left)] * power)
         case ast.BinOp(left=left, op=ast.FloorDiv(), right=right):
             quotient = _parse(left).divided_by(_parse(right))
             if quotient is not None:

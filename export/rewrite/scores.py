@@ -25,7 +25,6 @@ class Scores:
         self.factor = 1.0
         self.softcap = 0.0
         self.masks: list[Mask] = []
-        self.mask_rank: int | None = None
         self.heads: int | None = None
         self.q = self.k = Operand(ir.Value())
 
@@ -76,7 +75,7 @@ class Scores:
         left, right = node.inputs
         scores, mask = (left, right) if self._leads_to_product(left) else (right, left)
         if mask is not None:
-            self._mask(Mask(mask, "add"), node)
+            self._mask(Mask(mask, "add", self.factor), node)
         return scores
 
     def _sub(self, node: ir.Node) -> ir.Value | None:
@@ -95,13 +94,9 @@ class Scores:
     def _mask(self, mask: Mask, node: ir.Node) -> None:
         if self.softcap:
             raise RefusalError("a mask is applied before the soft-cap, so that masked keys are still seen")
-        if mask.kind == "add" and self.factor != 1.0:
-            raise RefusalError("a mask is added before the scores are scaled")
-        rank = self.shapes.rank(node.outputs[0])
-        if self.mask_rank not in (None, rank):
-            raise RefusalError("masks are applied both before and after the heads are merged")
-        self.mask_rank = rank
-        self.masks.append(mask)
+        if mask.factor <= 0:
+            raise RefusalError(f"the scores are scaled by {mask.factor} after a mask")
+        self.masks.append(mask._replace(merged=self.shapes.rank(node.outputs[0]) == 3))
 
     def _leads_to_product(self, value: ir.Value | None, steps: int = _LOOKAHEAD) -> bool:
         node = producer(value)

@@ -234,7 +234,7 @@ REFUSED = {
     "n = Neg(c) y = Mul(x, n) p = Softmax(y) o = MatMul(p, v) e = Neg(o)": None,
     "y = Mul(x, bias) p = Softmax(y) o = MatMul(p, v) e = Neg(o)": "not one number",
     "y = Where(mask, x, c) p = Softmax(y) o = MatMul(p, v) e = Neg(o)": "does not hide",
-    "y = Add(x, bias) z = Mul(y, c) p = Softmax(z) o = MatMul(p, v) e = Neg(o)": "before the scores are scaled",
+    "y = Add(x, bias) n = Neg(c) z = Mul(y, n) p = Softmax(z) o = MatMul(p, v) e = Neg(o)": "after a mask",
     "y = Add(x, bias) t = Tanh(y) p = Softmax(t) o = MatMul(p, v) e = Neg(o)": "before the soft-cap",
     "p = Softmax(x) y = Mul(p, c) o = MatMul(y, v) e = Neg(o)": "Mul lies between the Softmax and the product",
     "p = Softmax(bias) o = MatMul(p, v) e = Neg(o)": "not computed from a product",

@@ -153,6 +153,21 @@ def test_a_bias_beside_causality_is_kept() -> None:
     assert entry.is_causal and entry.inputs == ("q", "k", "v", "bias")
 
 
+def test_a_mask_that_is_scaled_with_the_scores() -> None:
+    """Falcon adds its slopes to q·k and divides the sum."""
+    mask = "le = LessOrEqual(j, row) add = Where(le, alibi, low) sum = Add(x, add) half = Constant<value_float=0.5>()"
+    use = "m = Mul(sum, half) p = Softmax(m) o = MatMul(p, v)"
+    entry = check(model_of(mask, use, **SQUARE, alibi="float[1,4,1,S]"), (9, 9))
+    assert entry.is_causal and entry.inputs == ("q", "k", "v", "bias")
+
+
+def test_a_mask_that_makes_more_batches_is_refused() -> None:
+    model = model_of(
+        "see = Identity(pad)", pad="bool[B,1,1,T]", q="float[1,4,S,8]", k="float[1,4,T,8]", v="float[1,4,T,8]"
+    )
+    assert "more batches" in rewritten(model).left[0].reason
+
+
 def test_a_penalty_that_does_not_hide_is_a_bias() -> None:
     mask = "five = Constant<value_float=-5.0>() le = LessOrEqual(j, row) add = Where(le, nought, five)"
     entry = check(model_of(mask, SUM, **SQUARE), (9, 9))
@@ -211,4 +226,5 @@ def test_dimension_names_are_read() -> None:
     assert parse("((batch*seq)//batch)") == seq
     assert parse("past + seq") - parse("past") == seq
     assert parse("Min(128, seq)") != seq and parse("Min(128, seq)") == parse("Min(128, seq)")
+    assert parse("((seq**2)//seq)") == seq
     assert parse("seq//2") != seq and not (seq - batch).is_nonnegative
