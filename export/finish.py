@@ -71,14 +71,21 @@ def finish(
         replaced[node.outputs[0]] = nodes[number].outputs[0]
     if counts:
         _add_counts(model.graph, nodes)
-    model.graph.opset_imports[op.DOMAIN] = op.VERSION
-    body = function_body(features, model.graph.opset_imports[""])
-    model.functions[body.identifier()] = body
+    attach_body(model)
     passes.RemoveUnusedNodesPass()(model)
     _strip(model)
     for key, value in (metadata or {}).items():
         model.metadata_props[f"{METADATA}.{key}"] = json.dumps(value)
     return model
+
+
+def attach_body(model: ir.Model) -> None:
+    """Gives the model the function body that its finished op nodes need, in place of any it has."""
+    nodes = op_nodes(model)
+    features = _features(nodes, [node_inputs(node) for node in nodes], counts=len(nodes[0].outputs) > 1)
+    model.graph.opset_imports[op.DOMAIN] = op.VERSION
+    body = function_body(features, model.graph.opset_imports[""])
+    model.functions[body.identifier()] = body
 
 
 def module_scope(node: ir.Node) -> str:

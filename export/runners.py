@@ -20,14 +20,16 @@ from sparse_attention.errors import MissingError, ModelError
 _OPSET_OF_TWIN = 18
 
 
-def session(model: str | bytes) -> Any:
-    """An ONNX Runtime session on the CPU, from a path or from bytes."""
+def session(model: str | bytes, weights: Path | None = None) -> Any:
+    """An ONNX Runtime session on the CPU, from a path, or from bytes with weights in the folder `weights`."""
     try:
         import onnxruntime
     except ImportError as error:
         raise MissingError("ONNX Runtime is not installed", fix="pip install onnxruntime") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if weights is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
