@@ -6,9 +6,6 @@ The call inside the module's forward is replaced by the op, for that module and 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -18,7 +15,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from torch.overrides import TorchFunctionMode
 
 from sparse_attention.errors import ModelError
-from sparse_attention.interception import forward_before, replace_forward, restore_forward
+from sparse_attention.interception import forward_before, names_called, replace_forward, restore_forward
 from sparse_attention.layer import AttentionCall, AttentionLayer, layer_of
 from sparse_attention.visibility import Visibility, merged, with_padding
 
@@ -29,40 +26,11 @@ _NESTED = "_block_skip_use_nested_tensor"
 
 def computes_attention(module: nn.Module) -> bool:
     """Whether the module is a `nn.MultiheadAttention`, or its own code calls `scaled_dot_product_attention`."""
-    forward = type(module).forward
-    if isinstance(module, nn.MultiheadAttention):
-        return forward is nn.MultiheadAttention.forward or _mentions_sdpa(forward, type(module))
-    return _mentions_sdpa(forward, type(module))
+    return _is_multihead(module) or "scaled_dot_product_attention" in names_called(module)
 
 
-def _mentions_sdpa(function: Callable[..., Any], owner: type) -> bool:
-    """Follows the functions and methods that `function` names, not the modules it calls."""
-    seen: set[CodeType] = set()
-    waiting = [inspect.unwrap(function)]
-    while waiting:
-        current = waiting.pop()
-        code = getattr(current, "__code__", None)
-        if code is None or code in seen:
-            continue
-        seen.add(code)
-        names = {name for part in _codes(code) for name in part.co_names}
-        if "scaled_dot_product_attention" in names:
-            return True
-        for name in names:
-            helper = current.__globals__.get(name) or inspect.getattr_static(owner, name, None)
-            helper = getattr(helper, "__func__", helper)
-            # what PyTorch itself is made of calls attention only where it is one of the modules above
-            if isinstance(helper, FunctionType) and not helper.__module__.startswith(("torch.", "transformers.")):
-                waiting.append(inspect.unwrap(helper))
-    return False
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    """The code and everything defined inside it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
+def _is_multihead(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
 
 
 def install(module: nn.Module) -> None:
@@ -71,7 +39,8 @@ def install(module: nn.Module) -> None:
     Raises:
         ModelError: for a `nn.MultiheadAttention` with `add_bias_kv` or `add_zero_attn`.
     """
-    if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
+    if _is_multihead(module):
+        assert isinstance(module, nn.MultiheadAttention)
         if module.bias_k is not None or module.add_zero_attn:
             layer = layer_of(module)
             raise ModelError(
@@ -118,9 +87,11 @@ class _Interception(TorchFunctionMode):
     def __init__(self, layer: AttentionLayer) -> None:
         super().__init__()
         self.layer = layer
+        self.called = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _SDPA:
+            self.called = True
             return _scaled_dot_product_attention(self.layer, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -128,8 +99,13 @@ class _Interception(TorchFunctionMode):
 def _intercepting_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     layer = layer_of(module)
     assert layer is not None
-    with _Interception(layer):
-        return forward_before(module)(*args, **kwargs)
+    with _Interception(layer) as interception:
+        out = forward_before(module)(*args, **kwargs)
+    _require(
+        layer, interception.called, "this module computed its attention without scaled_dot_product_attention",
+        "another branch of its code", "switch the model to scaled_dot_product_attention, or exclude the module",
+    )  # fmt: skip
+    return out
 
 
 def _scaled_dot_product_attention(

@@ -1,9 +1,10 @@
-"""Replacing one module's `forward`, and undoing it: nothing outside of that module changes."""
+"""What a module's own code calls, and replacing its `forward`: nothing outside of that module changes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import MethodType
+import inspect
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -35,3 +36,41 @@ def restore_forward(module: nn.Module) -> None:
         del module.__dict__["forward"]
     else:
         module.__dict__["forward"] = before
+
+
+def names_called(module: nn.Module) -> set[str]:
+    """Names in the code of the module's forward, and of the functions and methods that it names in turn.
+
+    The modules it calls have code of their own, and so have the libraries: neither is followed.
+    """
+    owner = type(module)
+    found: set[str] = set()
+    seen: set[CodeType] = set()
+    waiting: list[Any] = [inspect.unwrap(owner.forward)]
+    while waiting:
+        current = waiting.pop()
+        code = getattr(current, "__code__", None)
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        names = {name for part in _codes(code) for name in part.co_names}
+        found |= names
+        for name in names:
+            methods = [vars(base)[name] for base in owner.__mro__ if name in vars(base)]  # with those of super()
+            for helper in (current.__globals__.get(name), *methods):
+                helper = getattr(helper, "__func__", helper)
+                if isinstance(helper, FunctionType) and _is_own(helper, owner):
+                    waiting.append(inspect.unwrap(helper))
+    return found
+
+
+def _is_own(helper: FunctionType, owner: type) -> bool:
+    return helper.__module__ == owner.__module__ or not str(helper.__module__).startswith(("torch.", "transformers."))
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """The code and everything defined inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)

@@ -1,8 +1,9 @@
 """The seed's backend: attention computed as the model computes it, with `F.softmax` patched to skip tiles.
 
-For models loaded with `attn_implementation="eager"`, whose softmax sees the whole score matrix, mask included. The
-patch is a `TorchFunctionMode` around the forward of one attention module: it is local to the thread and to that call.
-The op is many times faster; this path is the one in which the model's own code computes everything else.
+For models loaded with `attn_implementation="eager"`, and modules that call a softmax by hand: it sees the whole score
+matrix, mask included. The patch is a `TorchFunctionMode` around the forward of one attention module: it is local to the
+thread and to that call. The op is many times faster; this path is the one in which the model's own code computes
+everything else.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sparse_attention.errors import ModelError
-from sparse_attention.interception import forward_before, replace_forward
+from sparse_attention.interception import forward_before, names_called, replace_forward
 from sparse_attention.layer import AttentionLayer, layer_of
 from sparse_attention.reference import decide_tiles, effective_threshold
 from sparse_attention.statistics import phase_of
@@ -28,20 +29,27 @@ _ALTERNATIVE = "load it with attn_implementation='eager', or use path=\"op\", wh
 
 _SOFTMAX = frozenset({torch.nn.functional.softmax, torch.softmax, torch.Tensor.softmax})
 _PRODUCTS = frozenset(
-    {torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm, torch.einsum}
-)
+    {torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, torch.Tensor.matmul, torch.Tensor.__matmul__,
+     torch.Tensor.bmm, torch.Tensor.baddbmm}
+)  # fmt: skip
+
+
+def computes_attention(module: nn.Module) -> bool:
+    """Whether the module looks like attention by its class name and its own code calls a softmax."""
+    return "att" in type(module).__name__.lower() and "softmax" in names_called(module)
 
 
 def require_eager(module: nn.Module, name: str) -> None:
     """Raises ModelError unless the module computes its attention with a softmax that can be patched."""
-    found = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    if found != "eager":
-        raise ModelError(
-            NEEDS_EAGER,
-            where=f"{name} ({type(module).__name__})",
-            found=f"attn_implementation={found!r}" if found else "scaled_dot_product_attention, which has no softmax",
-            fix=_ALTERNATIVE,
-        )
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if implementation == "eager" or (implementation is None and computes_attention(module)):
+        return
+    raise ModelError(
+        NEEDS_EAGER,
+        where=f"{name} ({type(module).__name__})",
+        found=f"attn_implementation={implementation!r}" if implementation else "attention without a softmax to patch",
+        fix=_ALTERNATIVE,
+    )
 
 
 def install(module: nn.Module) -> None:

@@ -20,19 +20,25 @@ from sparse_attention.threshold import Phase
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Path = Literal["op", "softmax"]
+
 _BEFORE = "_block_skip_before"
 
 
-def attention_modules(model: nn.Module) -> list[AttentionModule]:
+def attention_modules(model: nn.Module, *, path: Path = "op") -> list[AttentionModule]:
     """The modules of `model` that compute attention: what a pattern can match.
 
     Those are modules that ask the attention registry of `transformers`, `nn.MultiheadAttention` (also inside
-    `nn.TransformerEncoderLayer`), and modules whose own code calls `scaled_dot_product_attention`.
+    `nn.TransformerEncoderLayer`), and modules whose own code calls `scaled_dot_product_attention`; on the softmax path
+    also those that are called attention and whose own code calls a softmax.
     """
+    kinds = [huggingface.computes_attention, functional.computes_attention]
+    if path == "softmax":
+        kinds.append(softmax.computes_attention)
     return [
         AttentionModule(name, type(module).__name__)
         for name, module in model.named_modules()
-        if huggingface.computes_attention(module) or functional.computes_attention(module)
+        if any(computes_attention(module) for computes_attention in kinds)
     ]
 
 
@@ -41,7 +47,7 @@ def sparsify(
     config: SparseAttentionConfig | Source,
     *,
     unit: str = "head",
-    path: Literal["op", "softmax"] = "op",
+    path: Path = "op",
 ) -> nn.Module:
     """Makes the attention of `model` block-skip attention, in place, and returns the model.
 
@@ -67,7 +73,7 @@ def sparsify(
             found=f"path={path!r}, unit={unit!r}",
             fix='use path="op", or path="softmax" with unit="head"',
         )
-    settings = resolve(load_config(config), attention_modules(model))
+    settings = resolve(load_config(config), attention_modules(model, path=path))
     modules = dict(model.named_modules())
     for name, resolved in settings.items():
         _check_causality(name, modules[name], resolved)

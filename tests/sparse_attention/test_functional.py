@@ -392,3 +392,23 @@ def test_export_holds_the_op(padded: bool) -> None:
     valid = ~padding(23, 11) if padded else torch.ones(2, 23, dtype=torch.bool)
     assert (program.module()(x, **other) - model(x, **other))[valid].abs().max() < CLOSE
     assert any(layer.sparsity > 0 for layer in summary(model))
+
+
+class Either(ByMethod):
+    """Attention with a switch, as many models have it."""
+
+    fused = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.fused else x
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_a_branch_past_the_op_is_an_error() -> None:
+    model, x = sparsify(sharp(Either()), settings()), inputs(2, 37, SIZE)
+    model(x)
+    model.fused = False  # type: ignore[assignment]
+    with pytest.raises(SparseAttentionError, match="without scaled_dot_product_attention"):
+        model(x)

@@ -307,3 +307,43 @@ def test_observation_is_refused() -> None:
     with pytest.raises(SparseAttentionError, match="observe"), observed(model, lambda *_: None):
         logits(model)
     assert logits(model).isfinite().all()
+
+
+class HandWrittenAttention(nn.Module):
+    """No registry, no scaled_dot_product_attention: products and a softmax."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (4, 8)).transpose(1, 2)
+        scores = torch.einsum("bhid,bhjd->bhij", 3 * q, q)
+        return (scores.softmax(-1) @ q).transpose(1, 2).flatten(2)
+
+
+def test_attention_written_by_hand() -> None:
+    model, x = nn.ModuleDict({"block": HandWrittenAttention()}), torch.randn(2, 60, 32)
+    dense = model["block"](x)
+    assert attention_modules(model) == []
+    assert [module.name for module in attention_modules(model, path="softmax")] == ["block"]
+    sparsify(model, {"sparse_cfg": {"*": {"threshold": 0.0}}}, path="softmax")
+    assert torch.equal(model["block"](x), dense)
+    restore(model)
+    sparsify(model, {"sparse_cfg": {"*": {"threshold": 0.7, "br": 4, "bc": 4}}}, path="softmax")
+    assert not torch.equal(model["block"](x), dense)
+    assert summary(model)[0].sparsity > 0.1
+
+
+def test_models_without_the_registry() -> None:
+    """BLOOM computes its own attention, with ALiBi: on the softmax path it is sparse like any other."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    torch.manual_seed(0)
+    model = BloomForCausalLM(
+        BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, attn_implementation="eager")
+    ).eval()
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.self_attention.query_key_value.weight.normal_(0.0, 0.5)
+    dense = logits(model)
+    assert torch.equal(logits(sparsify(model, settings(0.0), path="softmax")), dense)
+    sparsify(restore(model), settings(0.9), path="softmax")
+    assert not torch.equal(logits(model), dense)
+    assert all(layer.sparsity > 0 for layer in summary(model))
