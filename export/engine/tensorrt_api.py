@@ -66,8 +66,8 @@ def make_logger(tensorrt: ModuleType, *, verbose: bool = False) -> Any:
 _CAUSES: tuple[tuple[str, str, str], ...] = (
     (
         r"out ?of ?memory|insufficient memory|cudaErrorMemoryAllocation|requested amount of memory",
-        "There is not enough memory on the GPU.",
-        "Lower the largest shapes (--shapes) or --workspace, or free the GPU.",
+        "There is not enough memory for the engine.",
+        "Lower the largest shapes (--shapes), raise --workspace where you gave one, or free the GPU.",
     ),
     (
         r"no CUDA-capable device|CUDA initialization failure|driver version is insufficient|cudaError 35|cudaError 100",
@@ -96,7 +96,9 @@ _CAUSES: tuple[tuple[str, str, str], ...] = (
 def explain(errors: list[str], otherwise: str, where: str) -> MissingError:
     """What TensorRT's errors mean to the user, with the first of them as evidence."""
     evidence = "; ".join(dict.fromkeys(errors[:3])) or "TensorRT gave no reason"
-    for pattern, what, fix in _CAUSES:
-        if any(re.search(pattern, message, re.IGNORECASE) for message in errors):
-            return MissingError(what, where=where, found=evidence, fix=fix)
+    # The first error is the cause; what follows it often only says that there is no GPU to clean up on.
+    for message in errors:
+        for pattern, what, fix in _CAUSES:
+            if re.search(pattern, message, re.IGNORECASE):
+                return MissingError(what, where=where, found=evidence, fix=fix)
     return MissingError(otherwise, where=where, found=evidence, fix="See TensorRT's message above.")
