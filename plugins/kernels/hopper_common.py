@@ -1,7 +1,7 @@
 """What every warp of the Hopper prefill kernel shares: the call, the shared memory, and the way work is handed out.
 
 A CTA is persistent. Its producer warp takes work items (one batch entry, one query head, one block of query rows) from a
-counter in device memory, announces each to the consumer warpgroups and streams Q, K and V through shared memory with the
+counter in device memory, describes each to the consumer warpgroups and streams Q, K and V through shared memory with the
 copy engine (TMA); each consumer warpgroup owns 64 query rows. Barriers live across items, so the loads of the next item
 overlap the last products and the epilogue of the current one.
 """
@@ -105,7 +105,6 @@ class Item:
     first: gl.tensor  # first tile that some row sees
     tiles: gl.tensor  # loaded tiles, at least one: an item that sees nothing computes one masked tile and stores zeros
     log2_threshold: gl.tensor
-    active: gl.tensor  # whether this launch computes the item
 
     @gluon.jit
     def visible_columns(self, call, row):
@@ -146,24 +145,48 @@ class Shared:
     voted: gl.shared_memory_descriptor
 
     @gluon.jit
-    def publish_item(self, sequence, item):
+    def publish_item(self, sequence, more, item):
+        """Describes the next item to the consumers; `more` 0 ends them."""
         slot = sequence % 2
         mbarrier.wait(self.item_free.index(slot), ((sequence // 2) & 1) ^ 1)
-        # one thread stores and arrives: the arrival releases its own store
+        # one thread stores and arrives: the arrival releases its own stores
         gl.inline_asm(
             "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %tid.x; and.b32 lane, lane, 127;"
-            " setp.eq.u32 first, lane, 0; @first st.shared.b32 [$0], $1;"
-            " @first mbarrier.arrive.shared::cta.b64 _, [$2]; }",
-            ("r", "r", "r"), [self.item.index(slot), item, self.item_full.index(slot)], (), is_pure=False,
+            " setp.eq.u32 first, lane, 0;"
+            " @first st.shared.b32 [$0], $2; @first st.shared.b32 [$0+4], $3; @first st.shared.b32 [$0+8], $4;"
+            " @first st.shared.b32 [$0+12], $5; @first st.shared.b32 [$0+16], $6; @first st.shared.b32 [$0+20], $7;"
+            " @first st.shared.b32 [$0+24], $8; @first st.shared.b32 [$0+28], $9; @first st.shared.b32 [$0+32], $10;"
+            " @first st.shared.f32 [$0+36], $11;"
+            " @first mbarrier.arrive.shared::cta.b64 _, [$1]; }",
+            ("r", "r", "r", "r", "r", "r", "r", "r", "r", "r", "r", "f"),
+            [self.item.index(slot), self.item_full.index(slot), more, item.batch, item.head, item.row0, item.q_end,
+             item.q_start, item.kv_end, item.first, item.tiles, item.log2_threshold],
+            (), is_pure=False,
         )  # fmt: skip
 
     @gluon.jit
     def receive_item(self, sequence):
+        """Waits for the description of the next item; 0 if there is none."""
         slot = sequence % 2
         mbarrier.wait(self.item_full.index(slot), (sequence // 2) & 1)
-        item = gl.inline_asm("ld.shared.b32 $0, [$1];", ("=r", "r"), [self.item.index(slot)], gl.int32, is_pure=False)
-        arrive_warp(self.item_free.index(slot))
-        return item
+        return gl.inline_asm("ld.shared.b32 $0, [$1];", ("=r", "r"), [self.item.index(slot)], gl.int32, is_pure=False)
+
+    @gluon.jit
+    def read_item(self, sequence):
+        """The item announced as `sequence`. Read again where it is needed again: that is cheaper than registers."""
+        words = gl.inline_asm(
+            "ld.shared.b32 $0, [$9+4]; ld.shared.b32 $1, [$9+8]; ld.shared.b32 $2, [$9+12]; ld.shared.b32 $3, [$9+16];"
+            " ld.shared.b32 $4, [$9+20]; ld.shared.b32 $5, [$9+24]; ld.shared.b32 $6, [$9+28];"
+            " ld.shared.b32 $7, [$9+32]; ld.shared.f32 $8, [$9+36];",
+            ("=&r", "=&r", "=&r", "=&r", "=&r", "=&r", "=&r", "=&r", "=&f", "r"), [self.item.index(sequence % 2)],
+            (gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.float32),
+            is_pure=False,
+        )  # fmt: skip
+        return Item(words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7], words[8])
+
+    @gluon.jit
+    def release_item(self, sequence):
+        arrive_warp(self.item_free.index(sequence % 2))
 
 
 @gluon.jit
@@ -206,20 +229,22 @@ def unpack_item(call, index):
     if call.has(HAS_Q_START):
         q_start = gl.load(call.q_start + batch)
     threshold = log2_threshold(call, batch, kv_end)
-    active = gl.to_tensor(1)
-    if call.has(RUN_WHERE_DENSE):
-        active = (threshold == ALWAYS_KEEP).to(gl.int32)
-    if call.has(RUN_WHERE_SPARSE):
-        active = (threshold != ALWAYS_KEEP).to(gl.int32)
     none = gl.to_tensor(0)
-    item = Item(batch, head % call.heads_q, row0, q_end, q_start, kv_end, none, none, threshold, active)
+    item = Item(batch, head % call.heads_q, row0, q_end, q_start, kv_end, none, none, threshold)
     first = none
     if call.GENERAL:
         if call.window > 0:
             first = gl.maximum(row0 + q_start - call.window + 1, 0) // call.COLUMNS
     end = gl.cdiv(item.visible_columns(call, gl.minimum(row0 + ROWS, q_end) - 1), call.COLUMNS)
     tiles = gl.where(row0 < q_end, gl.maximum(end - first, 1), 1)
-    return Item(batch, head % call.heads_q, row0, q_end, q_start, kv_end, first, tiles, threshold, active)
+    return Item(batch, head % call.heads_q, row0, q_end, q_start, kv_end, first, tiles, threshold)
+
+
+@gluon.jit
+def is_active(call, item):
+    """Whether this launch computes the item, or the launch of the other kernel beside it."""
+    dense = item.log2_threshold == ALWAYS_KEEP
+    return not ((call.has(RUN_WHERE_DENSE) and not dense) or (call.has(RUN_WHERE_SPARSE) and dense))
 
 
 @gluon.jit
@@ -237,8 +262,8 @@ def produce(call, shared):
     items = call.heads * call.row_blocks
     while index < items:
         item = unpack_item(call, index)
-        if item.active != 0:
-            shared.publish_item(sequence, index)
+        if is_active(call, item):
+            shared.publish_item(sequence, 1, item)
             kv_head = item.head // call.group
             for j in range(item.tiles):
                 slot = tile % call.STAGES
@@ -260,4 +285,4 @@ def produce(call, shared):
             index = gl.num_programs(0) + gl.atomic_add(call.counter, 1)
         else:
             index += gl.num_programs(0)
-    shared.publish_item(sequence, items)
+    shared.publish_item(sequence, 0, unpack_item(call, gl.to_tensor(0)))

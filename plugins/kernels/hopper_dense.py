@@ -4,7 +4,7 @@ The softmax of tile j runs while the tensor cores compute P(j-1) V(j-1); the war
 computes exponentials while the other's products run.
 """
 
-from hopper_common import BLOCK_ROWS, arrive_warp, unpack_item
+from hopper_common import BLOCK_ROWS, arrive_warp
 from hopper_softmax import (
     add_counts,
     as_operand,
@@ -34,6 +34,9 @@ def _step(call, shared, item, visible, operand, acc, m, l, tile, j, turn, MASKED
     mbarrier.wait(shared.turn.index(GROUP), (turn & 1) ^ (1 if GROUP == 0 else 0))
     scores_token = warpgroup_mma(shared.q.index(GROUP), shared.k.index(slot).permute((1, 0)), zeros, use_acc=False,
                                  is_async=True)  # fmt: skip
+    EARLY: gl.constexpr = call.GROUPS == 2  # three warpgroups leave no registers for a second operand
+    if not EARLY:
+        mbarrier.wait(shared.v_full.index(before), ((tile - 1) // call.STAGES) & 1)
     acc_token = warpgroup_mma(operand, shared.v.index(before), acc, is_async=True)
     arrive_warp(shared.turn.index((GROUP + 1) % call.GROUPS))
     scores = warpgroup_mma_wait(1, deps=(scores_token,))
@@ -42,13 +45,11 @@ def _step(call, shared, item, visible, operand, acc, m, l, tile, j, turn, MASKED
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
     tile_maximum = gl.max(scores, 1) * call.scale_log2
     p, alpha, m, l = exponentials(scores, call.scale_log2, m, tile_maximum, l, call.COLUMNS)
-    EARLY: gl.constexpr = call.GROUPS == 2  # three warpgroups leave no registers for a second operand
     if EARLY:
         following = as_operand(p, acc, DTYPE)
-    # Waiting here for the V tile of the next step keeps the exponentials in front of the wait for the products: without a
-    # branch between them ptxas moves the exponentials behind that wait, and nothing overlaps.
-    mbarrier.wait(shared.v_full.index(slot), (tile // call.STAGES) & 1)
-    if EARLY:
+        # Waiting here for the V tile of the next step keeps the exponentials in front of the wait for the products:
+        # without a branch between them ptxas moves the exponentials behind that wait, and nothing overlaps.
+        mbarrier.wait(shared.v_full.index(slot), (tile // call.STAGES) & 1)
         acc, operand, following = warpgroup_mma_wait(0, deps=(acc_token, operand, following))
     else:
         acc, operand = warpgroup_mma_wait(0, deps=(acc_token, operand))
@@ -65,9 +66,8 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q
     base = 0
     turn = 0
     cleaned = 0
-    index = shared.receive_item(sequence)
-    while index < call.heads * call.row_blocks:
-        item = unpack_item(call, index)
+    while shared.receive_item(sequence) != 0:
+        item = shared.read_item(sequence)
         first_row = item.row0 + GROUP * BLOCK_ROWS
         rows = first_row + gl.arange(0, BLOCK_ROWS, rows_layout(call.COLUMNS))
         visible = item.visible_columns(call, rows)
@@ -88,7 +88,8 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q
                                       no_sums(call.COLUMNS), call.COLUMNS)  # fmt: skip
         acc = gl.full([BLOCK_ROWS, call.HEAD], 0.0, gl.float32, ACC)
         operand = as_operand(p, acc, DTYPE)
-        mbarrier.wait(shared.v_full.index(slot), (base // call.STAGES) & 1)
+        if call.GROUPS == 2:
+            mbarrier.wait(shared.v_full.index(slot), (base // call.STAGES) & 1)
 
         whole = gl.maximum(gl.minimum(whole, item.tiles), 1)
         for j in range(1, whole):
@@ -104,13 +105,16 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q
             arrive_warp(shared.q_free.index(GROUP))
         last = base + item.tiles - 1
         slot = last % call.STAGES
+        if call.GROUPS != 2:
+            mbarrier.wait(shared.v_full.index(slot), (last // call.STAGES) & 1)
         cleaned = clean_values(call, shared, item, slot, cleaned, GROUP)
         token = warpgroup_mma(operand, shared.v.index(slot), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(token,))
         arrive_warp(shared.v_free.index(slot))
 
-        store_output(call, shared, item, acc, m, l, rows, DTYPE, GROUP, O_IN_Q)
+        item = shared.read_item(sequence)
+        store_output(call, shared, item, acc, m, l, DTYPE, GROUP, O_IN_Q)
         add_counts(call, item, 0, existing_tiles(call, item, GROUP), GROUP)
+        shared.release_item(sequence)
         base += item.tiles
         sequence += 1
-        index = shared.receive_item(sequence)

@@ -9,7 +9,6 @@ from hopper_common import (
     HAS_BOOL_BIAS,
     HAS_COUNTS,
     arrive_warp,
-    unpack_item,
 )
 from hopper_skip import finish_scores, start_scores, use_tile
 from hopper_softmax import (
@@ -63,9 +62,8 @@ def consume_general(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN
     sequence = 0
     base = 0
     cleaned = 0
-    index = shared.receive_item(sequence)
-    while index < call.heads * call.row_blocks:
-        item = unpack_item(call, index)
+    while shared.receive_item(sequence) != 0:
+        item = shared.read_item(sequence)
         rows = item.row0 + GROUP * BLOCK_ROWS + gl.arange(0, BLOCK_ROWS, rows_layout(call.COLUMNS))
         visible = item.visible_columns(call, rows)
 
@@ -97,8 +95,9 @@ def consume_general(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN
 
         if not O_IN_Q:
             arrive_warp(shared.q_free.index(GROUP))
-        store_output(call, shared, item, acc, m, l, rows, DTYPE, GROUP, O_IN_Q)
+        item = shared.read_item(sequence)
+        store_output(call, shared, item, acc, m, l, DTYPE, GROUP, O_IN_Q)
         add_counts(call, item, exist - kept, exist, GROUP)
+        shared.release_item(sequence)
         base += item.tiles
         sequence += 1
-        index = shared.receive_item(sequence)

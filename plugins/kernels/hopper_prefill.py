@@ -59,7 +59,7 @@ def prefill(
         gl.allocate_shared_memory(DTYPE, [STAGES, COLUMNS, HEAD], LAYOUT),
         gl.allocate_shared_memory(DTYPE, [STAGES, COLUMNS, HEAD], LAYOUT),
         o_tiles,
-        gl.allocate_shared_memory(gl.int32, [2, 1], WORDS),
+        gl.allocate_shared_memory(gl.int32, [2, 16], WORDS),
         gl.allocate_shared_memory(gl.int32, [GROUPS * VOTE_SLOTS, 1], WORDS),
         _barriers(GROUPS, 1), _barriers(GROUPS, WARPS), _barriers(STAGES, 1), _barriers(STAGES, GROUPS * WARPS),
         _barriers(STAGES, 1), _barriers(STAGES, GROUPS * WARPS), _barriers(1, WARPS), _barriers(2, 1),

@@ -6,7 +6,7 @@ needs fewer registers: the other warpgroups fill the tensor cores. Both end ever
 product in flight across a merge of control flow makes ptxas serialise all of them.
 """
 
-from hopper_common import BLOCK_ROWS, arrive_warp, unpack_item
+from hopper_common import BLOCK_ROWS, arrive_warp
 from hopper_softmax import (
     add_counts,
     as_operand,
@@ -81,9 +81,8 @@ def consume_skip(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q:
     sequence = 0
     base = 0
     cleaned = 0
-    index = shared.receive_item(sequence)
-    while index < call.heads * call.row_blocks:
-        item = unpack_item(call, index)
+    while shared.receive_item(sequence) != 0:
+        item = shared.read_item(sequence)
         first_row = item.row0 + GROUP * BLOCK_ROWS
         rows = first_row + gl.arange(0, BLOCK_ROWS, rows_layout(call.COLUMNS))
         visible = item.visible_columns(call, rows)
@@ -117,12 +116,13 @@ def consume_skip(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q:
         m, l, acc, kept = use_tile(call, shared, scores, call.scale_log2, tile_maximum, keep, m, l, acc, kept, slot, DTYPE)
         arrive_warp(shared.v_free.index(slot))
 
-        store_output(call, shared, item, acc, m, l, rows, DTYPE, GROUP, O_IN_Q)
+        item = shared.read_item(sequence)
+        store_output(call, shared, item, acc, m, l, DTYPE, GROUP, O_IN_Q)
         exist = existing_tiles(call, item, GROUP)
         add_counts(call, item, exist - kept, exist, GROUP)
+        shared.release_item(sequence)
         base += item.tiles
         sequence += 1
-        index = shared.receive_item(sequence)
 
 
 @gluon.jit
@@ -132,9 +132,8 @@ def consume_plain(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q
     sequence = 0
     base = 0
     cleaned = 0
-    index = shared.receive_item(sequence)
-    while index < call.heads * call.row_blocks:
-        item = unpack_item(call, index)
+    while shared.receive_item(sequence) != 0:
+        item = shared.read_item(sequence)
         first_row = item.row0 + GROUP * BLOCK_ROWS
         rows = first_row + gl.arange(0, BLOCK_ROWS, rows_layout(call.COLUMNS))
         visible = item.visible_columns(call, rows)
@@ -161,9 +160,10 @@ def consume_plain(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q
 
         if not O_IN_Q:
             arrive_warp(shared.q_free.index(GROUP))
-        store_output(call, shared, item, acc, m, l, rows, DTYPE, GROUP, O_IN_Q)
+        item = shared.read_item(sequence)
+        store_output(call, shared, item, acc, m, l, DTYPE, GROUP, O_IN_Q)
         exist = existing_tiles(call, item, GROUP)
         add_counts(call, item, exist - kept, exist, GROUP)
+        shared.release_item(sequence)
         base += item.tiles
         sequence += 1
-        index = shared.receive_item(sequence)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -169,18 +170,28 @@ def _store_wait(pending: int) -> None:
 
 
 def _inline_asm(asm: str, constraints: Any, args: list[Any], result_types: Any, is_pure: bool) -> Any:
-    """The four pieces of PTX the kernels contain, recognised by their instructions."""
+    """The pieces of PTX the kernels contain: votes, arrivals, and words of shared memory."""
     assert not is_pure
     if "barrier.cta.red.or.pred" in asm:  # the one thread here stands for all 128
         return tile(int(bool((args[0] != 0).any())))
     if "bar.warp.sync" in asm:
         return args[0].arrive(WARPS)
-    if "st.shared.b32" in asm:
-        args[0].memory.fill_(int(args[1]))
-        return args[2].arrive(1)
-    if asm.startswith("ld.shared.b32"):
-        return tile(int(args[0].memory))
-    raise NotImplementedError(asm)
+    kinds = result_types if isinstance(result_types, tuple) else (result_types,)  # () where there is no result
+    results: list[Any] = [None] * len(kinds)
+
+    def word(operand: str, offset: str) -> torch.Tensor:
+        return args[int(operand) - len(kinds)].memory.flatten()[int(offset or 0) // 4 :][:1]
+
+    for step in asm.split(";"):
+        if found := re.search(r"ld\.shared\.(\w+) \$(\d+), \[\$(\d+)\+?(\d*)\]", step):
+            value = word(found[3], found[4])
+            results[int(found[2])] = tile(value.view(torch.float32)[0] if found[1] == "f32" else value[0]).clone()
+        elif found := re.search(r"st\.shared\.(\w+) \[\$(\d+)\+?(\d*)\], \$(\d+)", step):
+            kind = torch.float32 if found[1] == "f32" else torch.int32
+            word(found[2], found[3]).copy_(torch.tensor([args[int(found[4])]], dtype=kind).view(torch.int32))
+        elif found := re.search(r"mbarrier\.arrive\.shared::cta\.b64 _, \[\$(\d+)\]", step):
+            args[int(found[1])].arrive(1)
+    return tuple(results) if isinstance(result_types, tuple) else results[0]
 
 
 def _load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Tile:

@@ -1,0 +1,79 @@
+"""The ahead-of-time build: what is listed, and that a subset compiles without spilling or serialising."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from emulation import PLUGINS, plugin_module
+
+TRITON = pytest.importorskip("triton", reason="the kernels are compiled by triton==3.9.0")
+SUBSET = r"bf16_d128_(dense|skip)_causal|fp16_d128_skip_64|bf16_d64_plain_64|bf16_d256_dense$"
+
+
+def test_every_combination_is_listed_once() -> None:
+    specs = plugin_module("specifications").all_specialisations()
+    assert len({spec.name for spec in specs}) == len(specs) == 48
+    for spec in specs:
+        assert spec.stages & (spec.stages - 1) == 0
+        assert not spec.joint or spec.groups == 2
+        # a warpgroup's 128 threads, the producer's 24 registers: the register file has 64 K
+        assert (spec.groups * spec.registers + 24) * 128 <= 65536
+        tiles = 2 * spec.stages * spec.columns + 64 * spec.groups * (1 if spec.output_in_q else 2)
+        assert tiles * spec.head * 2 < 232448 - 1024
+
+
+def test_arguments_are_in_the_order_of_the_kernel() -> None:
+    build = plugin_module("build_kernels")
+    source = (PLUGINS / "kernels" / "hopper_prefill.py").read_text()
+    signature = re.search(r"def prefill\((.*?)\):", source, re.S)
+    assert signature
+    names = [part.split(":")[0].strip() for part in signature[1].split(",") if part.strip()]
+    listed = [entry.split(":")[0] for entry in f"{build.POINTERS} {build.SCALARS}".split()]
+    assert names[: 4 + len(listed)] == ["q", "k", "v", "o", *listed]
+
+
+def test_the_bits_of_given_are_the_same_in_python_and_c() -> None:
+    kernel = dict(re.findall(r"^(\w+) = gl\.constexpr\((\d+)\)", (PLUGINS / "kernels/hopper_common.py").read_text(), re.M))
+    host = dict(re.findall(r"^    k(\w+) = (\d+),", (PLUGINS / "csrc/launch.cpp").read_text(), re.M))
+    assert len(host) == 14
+    for name, value in host.items():
+        assert kernel.get(name, kernel.get(f"HAS_{name}")) == value, name
+
+
+def test_a_subset_compiles(tmp_path: Path) -> None:
+    """At most 12 kernels; fails on spills beyond the list and on serialised products, as the whole build does."""
+    command = [sys.executable, str(PLUGINS / "build_kernels.py"), "--only", SUBSET]
+    listed = subprocess.run([*command, "--output", str(tmp_path), "--list"], capture_output=True, text=True, check=True)
+    assert 5 <= len(listed.stdout.split()) <= 12
+    done = subprocess.run([*command, "--output", str(tmp_path), "--jobs", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    for kernel in manifest["kernels"]:
+        image = (tmp_path / kernel["file"]).read_bytes()
+        assert image[:4] == b"\x7fELF" and kernel["bytes"] == len(image) < 300_000
+        assert b".debug_" not in image
+        assert kernel["spilled_bytes"] <= kernel["spills"]
+        assert kernel["threads"] == 128 * (kernel["groups"] + 1)
+        assert kernel["shared_bytes"] <= 232448
+        assert kernel["boxes"] == [[64, 64], [kernel["columns"], 64], [kernel["columns"], 64], [64, 64]]
+
+
+def test_the_build_refuses_spills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    build = plugin_module("build_kernels")
+    spec = next(s for s in plugin_module("specifications").all_specialisations() if s.name.endswith("bf16_d128_general_64x128"))
+    monkeypatch.delenv("BSA_ACCEPT_SPILLS", raising=False)
+    with pytest.raises(build.BuildError, match="0 are accepted"):
+        build.compile_kernel(dataclasses.replace(spec, spills=0), tmp_path)
+
+
+def test_no_kernel_matches() -> None:
+    done = subprocess.run([sys.executable, str(PLUGINS / "build_kernels.py"), "--output", "x", "--only", "nothing"],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2 and "no kernel matches" in done.stderr
