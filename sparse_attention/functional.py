@@ -150,6 +150,36 @@ def _scaled_dot_product_attention(
     return out.squeeze(1) if one_head else out
 
 
+class NoWeights:
+    """Stands for the attention weights, which `nn.MultiheadAttention` returns by default and most callers drop.
+
+    The op never holds them; whoever does use them gets a ModelError that says so.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def _refuse(self, *args: object, **kwargs: object) -> Any:
+        raise ModelError(
+            "the op never holds the attention weights",
+            where=self._name,
+            found="need_weights=True (the default), and a use of what it returns",
+            fix="exclude the module with a pattern and `enable: false`",
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._refuse()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return cls("nn.MultiheadAttention")._refuse()
+
+    __getitem__ = __iter__ = __len__ = __add__ = __radd__ = __mul__ = __rmul__ = __matmul__ = __sub__ = _refuse
+    __truediv__ = __lt__ = __gt__ = __neg__ = _refuse
+
+
 def _multihead_forward(
     module: nn.MultiheadAttention,
     query: Tensor,
@@ -160,14 +190,10 @@ def _multihead_forward(
     attn_mask: Tensor | None = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, NoWeights | None]:
     """`nn.MultiheadAttention.forward` by the op."""
     layer = layer_of(module)
     assert layer is not None
-    _require(
-        layer, not need_weights, "the op never holds the attention weights", "need_weights=True (the default)",
-        "pass need_weights=False, or exclude the module with a pattern and `enable: false`",
-    )  # fmt: skip
     dropout = module.dropout if module.training else 0.0
     _require(layer, dropout == 0.0, "dropout in attention", f"dropout={dropout}", "call model.eval()")
     _require(layer, not query.is_nested, "nested tensors", "a nested query", "pass padded tensors and a padding mask")
@@ -189,9 +215,10 @@ def _multihead_forward(
     )
     seen = _multihead_visibility(module, q, k, key_padding_mask, attn_mask, is_causal, same_tokens)
     out = module.out_proj(_run(layer, q, k, v, None, seen).transpose(1, 2).flatten(2))
+    weights = NoWeights(layer.name) if need_weights else None
     if not batched:
-        return out.squeeze(0), None
-    return out if module.batch_first else out.transpose(0, 1), None
+        return out.squeeze(0), weights
+    return out if module.batch_first else out.transpose(0, 1), weights
 
 
 def _projections(module: nn.MultiheadAttention) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:

@@ -274,12 +274,24 @@ def test_appended_keys_are_refused_before_anything_changes(options: dict[str, An
 
 def test_multihead_refuses_by_name() -> None:
     x = inputs(2, 37, SIZE)
-    with pytest.raises(SparseAttentionError, match=r"need_weights=True[\s\S]*need_weights=False"):
-        sparsify(multihead(), settings())(x, x, x)
     with pytest.raises(SparseAttentionError, match=r"dropout=0.2[\s\S]*model.eval"):
         sparsify(multihead(dropout=0.2).train(), settings())(x, x, x, need_weights=False)
     with pytest.raises(SparseAttentionError, match="attn_mask=None"):
         sparsify(multihead(), settings())(x, x, x, need_weights=False, is_causal=True)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [lambda w: w.mean(), lambda w: w[0], lambda w: w * 2, lambda w: torch.stack([w]), lambda w: torch.zeros(1) + w],
+)
+def test_weights_nobody_uses_do_no_harm(use: Any) -> None:
+    """`out, _ = mha(x, x, x)` is how most code calls it, with need_weights=True by default."""
+    model, x = multihead(), inputs(2, 37, SIZE)
+    expected, _ = model(x, x, x)
+    out, weights = sparsify(model, settings())(x, x, x)
+    assert (out - expected).abs().max() < CLOSE
+    with pytest.raises(SparseAttentionError, match="need_weights=True"):
+        use(weights)
 
 
 def encoder(norm_first: bool = False) -> nn.TransformerEncoder:
