@@ -62,7 +62,7 @@ def prefill(
         gl.allocate_shared_memory(gl.int32, [2, 16], WORDS),
         gl.allocate_shared_memory(gl.int32, [GROUPS * VOTE_SLOTS, 1], WORDS),
         _barriers(GROUPS, 1), _barriers(GROUPS, WARPS), _barriers(STAGES, 1), _barriers(STAGES, GROUPS * WARPS),
-        _barriers(STAGES, 1), _barriers(STAGES, GROUPS * WARPS), _barriers(1, WARPS), _barriers(2, 1),
+        _barriers(STAGES, 1), _barriers(STAGES, GROUPS * WARPS), _barriers(2, WARPS), _barriers(2, 1),
         _barriers(2, GROUPS * WARPS), _barriers(GROUPS, WARPS), _barriers(GROUPS * VOTE_SLOTS, 1),
     )  # fmt: skip
     fence_async_shared()

@@ -136,7 +136,8 @@ def first_maximum(item, rows):
 def clean_values(call, shared, item, slot, cleaned, GROUP: gl.constexpr):
     """Zeroes V of keys beyond kv_lengths in the item's last tile: they may hold NaN, and 0 * NaN is NaN.
 
-    The first warpgroup does it, the others wait. Returns the number of cleanings so far, which is the barrier's phase.
+    The first warpgroup does it, the others wait. It may be an item ahead of them (items of one tile), hence two barriers
+    in turn. Returns the number of cleanings so far, from which barrier and phase follow.
     """
     end = item.kv_end - (item.first + item.tiles - 1) * call.COLUMNS
     if end < call.COLUMNS:
@@ -151,8 +152,8 @@ def clean_values(call, shared, item, slot, cleaned, GROUP: gl.constexpr):
                         value = part.load(LAYOUT)
                         part.store(gl.where((c * CHUNK + rows < end)[:, None], value, 0.0))
                 fence_async_shared()
-                arrive_warp(shared.v_clean.index(0))
-            mbarrier.wait(shared.v_clean.index(0), cleaned & 1)
+                arrive_warp(shared.v_clean.index(cleaned % 2))
+            mbarrier.wait(shared.v_clean.index(cleaned % 2), (cleaned // 2) & 1)
             cleaned += 1
     return cleaned
 

@@ -65,7 +65,7 @@ def compile_library(folder: Path, libcuda: str = "") -> Path:
     library = folder / native.LIBRARY_NAME
     define = [f'-DBSA_LIBCUDA="{libcuda}"'] if libcuda else []
     subprocess.run(
-        ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", *define,
+        ["g++", "-std=c++17", "-O0", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", *define,
          f"-I{PLUGINS / 'include'}", f"-I{PLUGINS / 'csrc'}", *map(str, sources), "-o", str(library), "-ldl"],
         check=True,
     )  # fmt: skip

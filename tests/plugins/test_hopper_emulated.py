@@ -102,7 +102,7 @@ def test_every_order_of_events_gives_the_same(emulation: Emulation, size: int, b
     q, k, v = inputs(1, 3, 3, 450, 900, size)
     for lam in (0.0, THRESHOLD):
         first = check(emulation, q, k, v, threshold=lam, br=br, is_causal=True)[:2]
-        for seed in range(1, 6):
+        for seed in range(1, 4):
             again = emulation.run(q, k, v, threshold=lam, br=br, is_causal=True, seed=seed)[:2]
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
