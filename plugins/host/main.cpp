@@ -15,8 +15,8 @@
 
 #include <cstdio>
 #include <cstring>
+#include <exception>
 #include <memory>
-#include <stdexcept>
 #include <string>
 
 namespace
@@ -36,23 +36,10 @@ std::string quoted(std::string const& text)
     return result + "\"";
 }
 
-/* A plugin that went through everything TensorRT puts between a node and an execution: clone, plan, clone. */
-host::Plugin throughPlan(host::PluginLibrary const& library, nvinfer1::IPluginV3& built, std::string const& name)
-{
-    host::Plugin cloned{built.clone()};
-    host::Plugin loaded = library.createForRuntime(*cloned, name);
-    host::Plugin result{loaded->clone()};
-    if (std::strcmp(host::buildOf(built).getMetadataString(), host::buildOf(*result).getMetadataString()) != 0)
-    {
-        throw std::runtime_error("the plugin read back from its own fields differs from the one that wrote them");
-    }
-    return result;
-}
-
 void walkNode(host::PluginLibrary const& library, host::Node const& node, host::Gpu* gpu, std::string const& directory)
 {
     host::Plugin const built = library.createForBuild(node);
-    host::Plugin const loaded = throughPlan(library, *built, node.name);
+    host::Plugin const loaded = host::throughPlan(library, *built, node.name);
     for (host::Profile const& profile : node.profiles)
     {
         host::BuildAnswer const answer = host::walkBuild(*built, profile);

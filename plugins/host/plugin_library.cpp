@@ -120,6 +120,16 @@ Plugin PluginLibrary::createForRuntime(IPluginV3& built, std::string const& name
     return plugin;
 }
 
+Plugin throughPlan(PluginLibrary const& library, IPluginV3& built, std::string const& name)
+{
+    Plugin const cloned{built.clone()};
+    Plugin const loaded = library.createForRuntime(*cloned, name);
+    Plugin result{loaded->clone()};
+    require(std::strcmp(buildOf(built).getMetadataString(), buildOf(*result).getMetadataString()) == 0,
+        "the plugin read back from its own fields differs from the one that wrote them");
+    return result;
+}
+
 nvinfer1::IPluginV3OneBuild& buildOf(IPluginV3& plugin)
 {
     auto* capability = plugin.getCapabilityInterface(PluginCapabilityType::kBUILD);

@@ -34,6 +34,10 @@ private:
     nvinfer1::IPluginCreatorV3One* mCreator{nullptr};
 };
 
+/* A plugin that went through everything TensorRT puts between a node and an execution: clone, plan, clone. Throws where
+ * the result differs from `built`. */
+Plugin throughPlan(PluginLibrary const& library, nvinfer1::IPluginV3& built, std::string const& name);
+
 /* The capability interfaces; throw where the plugin lacks them. */
 nvinfer1::IPluginV3OneBuild& buildOf(nvinfer1::IPluginV3& plugin);
 nvinfer1::IPluginV3OneRuntime& runtimeOf(nvinfer1::IPluginV3& plugin);

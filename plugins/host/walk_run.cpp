@@ -172,6 +172,18 @@ void walkShapes(nvinfer1::IPluginV3& plugin, Profile const& profile)
     }
 }
 
+void enqueueOnce(nvinfer1::IPluginV3& plugin, Profile const& profile, void const* const* inputs, void* const* outputs,
+    void* workspace, cudaStream_t stream)
+{
+    Context context;
+    Plugin const attached = attach(plugin, context);
+    changeShape(*attached, profile, &Tensor::opt);
+    std::vector<PluginTensorDesc> const in = describe(profile.inputs, &Tensor::opt);
+    std::vector<PluginTensorDesc> const out = describe(profile.outputs, &Tensor::opt);
+    require(runtimeOf(*attached).enqueue(in.data(), out.data(), inputs, outputs, workspace, stream) == 0,
+        "enqueue failed");
+}
+
 float walkGpu(nvinfer1::IPluginV3& plugin, Node const& node, Profile const& profile, size_t workspace, Gpu& gpu,
     std::string const& directory)
 {

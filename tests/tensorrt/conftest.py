@@ -16,23 +16,56 @@ from pathlib import Path
 import pytest
 from tensorrt_support import HOST, LIBRARY, ROOT, Run, run_process
 
+sys.path.append(str(ROOT / "tests" / "plugins"))  # the emulation of the kernels, which their own tests are made of
 
-@pytest.fixture(scope="session")
-def plugin_library() -> Path:
-    """The plugin library, from `BLOCKSKIP_TENSORRT_PLUGIN` or `build/`."""
-    path = Path(os.environ.get("BLOCKSKIP_TENSORRT_PLUGIN") or ROOT / "build" / LIBRARY)
-    if not path.is_file():
-        pytest.skip(f"{path} is not built: cmake -S plugins -B build && cmake --build build")
-    return path.resolve()
+from emulation import Emulation
 
 
 @pytest.fixture(scope="session")
-def host(plugin_library: Path) -> Path:
-    """The program that walks the plugin without TensorRT; built beside the library."""
-    path = plugin_library.with_name(HOST)
-    if not path.is_file():
-        pytest.skip(f"{path} is not built: it needs cuda.h (pip install triton==3.9.0)")
-    return path
+def emulation_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture(scope="session")
+def emulation(emulation_folder: Path) -> Emulation:
+    """The kernels over an emulated driver; whatever opens that driver in this process launches into it."""
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler: install g++")
+    return Emulation(emulation_folder)
+
+
+@pytest.fixture(scope="session")
+def plugin_build(emulation: Emulation, emulation_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with plugin and host, built by their CMake files with the emulation's kernels."""
+    for module, wheel in (("kernel_lens", "kernel-lens==2.0.1"), ("triton", "triton==3.9.0")):
+        if importlib.util.find_spec(module) is None and "TENSORRT_ROOT" not in os.environ:
+            pytest.skip(f"no headers: pip install {wheel}, or set TENSORRT_ROOT and CUDA_HOME")
+    if shutil.which("cmake") is None:
+        pytest.skip("no cmake: pip install cmake")
+    folder = Path(tmp_path_factory.mktemp("plugin_build"))
+    configure = [
+        "cmake", "-S", ROOT / "tests/tensorrt/emulated_build", "-B", folder, "-DCMAKE_BUILD_TYPE=Debug",
+        f"-DGENERATED={emulation_folder}", f"-DLIBCUDA={emulation_folder / 'libemulated_cuda.so'}",
+        f"-DPython3_EXECUTABLE={sys.executable}",
+    ]  # fmt: skip
+    targets = ["blockskip_tensorrt", "blockskip_plugin_host", "blockskip_plugin_walk_c"]
+    for command in (configure, ["cmake", "--build", folder, "--parallel", "2", "--target", *targets]):
+        result = run_process(command)
+        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plugin_library(plugin_build: Path) -> Path:
+    """The plugin library: the one that `BLOCKSKIP_TENSORRT_PLUGIN` names, or one of our own."""
+    given = os.environ.get("BLOCKSKIP_TENSORRT_PLUGIN")
+    return Path(given).resolve() if given else plugin_build / LIBRARY
+
+
+@pytest.fixture(scope="session")
+def host(plugin_build: Path) -> Path:
+    """The program that walks the plugin without TensorRT."""
+    return plugin_build / HOST
 
 
 @pytest.fixture(scope="session")

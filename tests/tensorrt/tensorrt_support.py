@@ -1,11 +1,14 @@
-"""Running a program or a piece of Python in a process of its own."""
+"""Running a program or a piece of Python in a process of its own; the host's script as a module."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = "libblockskip_tensorrt.so"
@@ -21,3 +24,13 @@ def run_process(command: Sequence[str | Path], **environment: str) -> subprocess
         [str(part) for part in command], capture_output=True, text=True, timeout=300, cwd=ROOT, check=False,
         env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
     )  # fmt: skip
+
+
+def load_write_plan() -> ModuleType:
+    """The script as a module: `plugins/` cannot be imported from."""
+    spec = importlib.util.spec_from_file_location("write_plan", ROOT / "plugins/host/write_plan.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from onnx import TensorProto
 from tensorrt_models import attention_model
-from tensorrt_support import ROOT, run_process
+from tensorrt_support import ROOT, load_write_plan, run_process
 
 PROFILES = (
     "--profile", "prefill:batch=1/1/2,past=0,sequence=2/200/300",
     "--profile", "decode:batch=1/2/3,past=1/130/400,sequence=1",
 )  # fmt: skip
-
-
-def load_write_plan() -> ModuleType:
-    """The script as a module: `plugins/` cannot be imported from."""
-    spec = importlib.util.spec_from_file_location("write_plan", ROOT / "plugins/host/write_plan.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_plan(model: Path, folder: Path) -> Path:

@@ -1,0 +1,120 @@
+"""The whole plugin with enqueue, without a GPU: the kernels' own source runs over the emulated driver.
+
+From a node of an exported file over creator, plan, context and shapes to output and tile counts, compared with the
+definition. Streams, graphs and time need a GPU: `plugins/host` runs the same walk there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from emulation import Emulation
+from planted import THRESHOLD, planted
+from tensorrt_models import attention_model
+from tensorrt_support import load_write_plan
+from torch import Tensor
+
+from export import op
+from sparse_attention.reference import attention
+
+HEADS, KV_HEADS, SIZE = 4, 2, 64
+TOLERANCE = 3e-3
+"""Absolute, float16 outputs of magnitude up to 4: that of the kernels' own tests."""
+WORKSPACE = 1 << 16
+
+Enqueue = Callable[..., tuple[Tensor, Tensor]]
+
+
+@pytest.fixture
+def enqueue(emulation: Emulation, plugin_build: Path, tmp_path: Path) -> Enqueue:
+    """Runs one node of an exported model by the plugin; returns o and counts, both poisoned before."""
+    library = ctypes.CDLL(str(plugin_build / "libblockskip_plugin_walk_c.so"))
+
+    def run(tensors: Mapping[str, Tensor], **attributes: Any) -> tuple[Tensor, Tensor]:
+        q, k = tensors["q"], tensors["k"]
+        inputs = op.input_names(list(tensors))
+        model = attention_model(tmp_path / "m.onnx", inputs=inputs, counts=True, **attributes)
+        past = k.shape[2] - q.shape[2]
+        profile = f"only:batch={q.shape[0]},sequence={q.shape[2]},past={past}"
+        _, plan, _ = load_write_plan().plan_for(model, tmp_path, [profile], inputs={}, data=False)
+        o = torch.full((*q.shape[:3], tensors["v"].shape[3]), float("nan"), dtype=q.dtype)
+        counts = torch.full((HEADS, 2), -1, dtype=torch.int32)
+        workspace = torch.full((WORKSPACE,), 255, dtype=torch.uint8)
+        reason = ctypes.create_string_buffer(1024)
+        emulation.seed, emulation.launched, emulation._error = 0, [], None
+        failed = library.blockskipWalkEnqueue(
+            str(plugin_build / "libblockskip_tensorrt.so").encode(), str(plan).encode(), b"layer0", b"only",
+            (ctypes.c_void_p * len(inputs))(*[tensors[name].data_ptr() for name in inputs]),
+            (ctypes.c_void_p * 2)(o.data_ptr(), counts.data_ptr()),
+            ctypes.c_void_p(workspace.data_ptr()), ctypes.c_size_t(WORKSPACE), None, reason, ctypes.c_size_t(1024),
+        )  # fmt: skip
+        if emulation._error is not None:
+            raise emulation._error
+        assert not failed, reason.value.decode()
+        return o, counts
+
+    return run
+
+
+def inputs_of(batch: int, rows: int, columns: int) -> dict[str, Tensor]:
+    q, k, v = planted(batch, HEADS, KV_HEADS, rows, columns, SIZE, dtype=torch.float16, device="cpu")
+    return {"q": q, "k": k, "v": v}
+
+
+def check(enqueue: Enqueue, tensors: dict[str, Tensor], threshold: float, **options: Any) -> Tensor:
+    """Output and counts against the definition; returns the counts."""
+    attributes = {"prefill_threshold": threshold, "decode_threshold": threshold, "is_causal": 1, "scale": SIZE**-0.5}
+    o, counts = enqueue(tensors, **attributes | options)
+    scale = tensors.get("threshold_scale")
+    expected, tiles = attention(
+        **tensors, threshold=threshold, br=options.get("br", 128), is_causal=bool(options.get("is_causal", 1)),
+        scale=SIZE**-0.5, softcap=options.get("softcap", 0.0), window=options.get("window", 0),
+    )  # fmt: skip
+    assert counts.tolist() == tiles.counts.tolist(), f"threshold_scale {scale}"
+    assert (o.float() - expected).abs().max() <= TOLERANCE
+    return counts
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 129), (113, 203), (300, 520)])
+@pytest.mark.parametrize("br", [64, 128])
+def test_prefill_and_decode(enqueue: Enqueue, rows: int, columns: int, br: int) -> None:
+    counts = check(enqueue, inputs_of(1, rows, columns), THRESHOLD, br=br)
+    if columns == 520:
+        assert counts[:, 0].sum() > 0, "inputs that skip nothing test nothing"
+
+
+def test_dense(enqueue: Enqueue) -> None:
+    assert check(enqueue, inputs_of(1, 200, 300), 0.0)[:, 0].sum() == 0
+
+
+def test_lengths_and_starts(enqueue: Enqueue) -> None:
+    tensors = inputs_of(2, 200, 420)
+    tensors["kv_lengths"] = torch.tensor([420, 301], dtype=torch.int32)
+    tensors["q_start"] = torch.tensor([220, 101], dtype=torch.int32)
+    tensors["q_lengths"] = torch.tensor([200, 77], dtype=torch.int32)
+    assert check(enqueue, tensors, THRESHOLD)[:, 0].sum() > 0
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_one_engine_tuned_at_run_time(enqueue: Enqueue, scale: float) -> None:
+    tensors = inputs_of(1, 300, 520)
+    tensors["threshold_scale"] = torch.tensor([scale])
+    counts = check(enqueue, tensors, THRESHOLD)
+    assert (counts[:, 0].sum() > 0) == (scale > 0)
+
+
+def test_additive_bias_is_broadcast(enqueue: Enqueue) -> None:
+    tensors = inputs_of(1, 200, 420)
+    bias = torch.zeros(1, 1, 200, 420, dtype=torch.float16)
+    bias[..., 50:90] = torch.finfo(torch.float16).min
+    tensors["bias"] = bias
+    check(enqueue, tensors, THRESHOLD, is_causal=0)
+
+
+def test_window_and_softcap(enqueue: Enqueue) -> None:
+    check(enqueue, inputs_of(1, 200, 420), THRESHOLD, window=150, softcap=20.0)
