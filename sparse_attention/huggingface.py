@@ -202,10 +202,11 @@ def registry_mask(
     if not statically_known_true(padding.shape[-1] == kv_length):  # a sliding cache holds the last keys only
         padding = padding[:, kv_offset : kv_offset + kv_length]
     # Padded query rows must not vote, and only self-attention knows them from this mask. A pattern with causality is
-    # self-attention; without it, an encoder's is, and every one of a model that has no cross-attention.
+    # self-attention; without it, an encoder's is, and every one of a model that has no cross-attention; other lengths
+    # give away the rest.
     bidirectional = mask_function is masking_utils.bidirectional_mask_function
     crosses = getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)
-    rows_too = not bidirectional or statically_known_true(q_length == kv_length)
+    rows_too = not bidirectional or not statically_known_true(q_length != kv_length)
     seen = with_padding(seen, padding.to(device), q_length, start, rows_too=rows_too)
     return replace(seen, rows_of_encoder_only=bidirectional and crosses)
 

@@ -274,3 +274,28 @@ def test_nothing_stays_registered() -> None:
 def test_families_are_found(family: str) -> None:
     found = sparse_attention.attention_modules(tiny(family))
     assert len(found) == (6 if family in ("bart", "t5") else 2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "bert"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_export_holds_the_op(family: str, padded: bool) -> None:
+    """Non-strict export with any batch, length and padding computes what the model computes, tiles skipped."""
+    model = sparsify(tiny(family), settings(0.7))
+    free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    example: Case = {"input_ids": tokens()} | ({"attention_mask": padding("right")} if padded else {})
+    shapes: Case = dict.fromkeys(example, free)
+    if family != "bert":
+        example["use_cache"], shapes["use_cache"] = False, None
+    program = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count("sparse_attention.block_skip_attention.default") == 2
+    assert not any("scaled_dot_product" in target for target in targets)
+
+    other: Case = {**example, "input_ids": tokens(batch=3, length=50, seed=3)}
+    valid = torch.ones(3, 50, dtype=torch.int64)
+    if padded:
+        valid[1, 30:], valid[2, :7] = 0, 0
+        other["attention_mask"] = valid
+    difference = outputs(program.module(), **other) - outputs(model, **other)
+    assert difference[valid.bool()].abs().max() < CLOSE
+    assert all(layer.sparsity > 0 for layer in summary(model))
