@@ -2,7 +2,6 @@
 
 from export.rewrite.attention import find_attention, rewrite_attention
 from export.rewrite.report import AttentionSite, Left, RewriteReport, Rewritten, Settings
-from export.rewrite.settings import settings_for
 
 __all__ = [
     "AttentionSite",
@@ -12,5 +11,4 @@ __all__ = [
     "Settings",
     "find_attention",
     "rewrite_attention",
-    "settings_for",
 ]

@@ -152,6 +152,9 @@ class Shapes:
         if any(shape is None for shape in shapes):
             return None
         known = [shape for shape in shapes if shape is not None]
+        if node.op_type == "Gather":
+            axis = node.attributes.get_int("axis", 0) % len(first)
+            return (*first[:axis], *known[1], *first[axis + 1 :])
         if node.op_type == "GatherND" and len(known) == 2 and known[1][-1].constant == len(first):
             return known[1][:-1] if not node.attributes.get_int("batch_dims", 0) else None
         if node.op_type == "MatMul" and min(map(len, known)) >= 2:
@@ -169,15 +172,19 @@ class Shapes:
         return None
 
     def _sliced_shape(self, node: ir.Node, source: Dims) -> Dims:
-        """The rank is kept; a sliced axis is as long as it was only where that is certain."""
+        """The rank is kept; a sliced axis has a length only where no bound can be beyond its end."""
         axes = self.integers(node.inputs[3]) if len(node.inputs) > 3 else None
-        starts, ends = (self.vector(operand) for operand in node.inputs[1:3])
-        axes = tuple(range(len(source))) if axes is None else axes
+        steps = self.integers(node.inputs[4]) if len(node.inputs) > 4 else None
+        starts, ends = (self.integers(operand) for operand in node.inputs[1:3])
         dims = list(source)
-        for position, axis in enumerate(axes):
-            bounds = None if starts is None or ends is None else (starts[position].constant, ends[position].constant)
-            if bounds is None or bounds[0] != 0 or bounds[1] is None or bounds[1] < np.iinfo(np.int32).max:
-                dims[axis % len(source)] = Poly.symbol(f"?{node.outputs[0].name}.{axis % len(source)}")
+        for position, at in enumerate(tuple(range(len(source))) if axes is None else axes):
+            axis = at % len(source)
+            dims[axis] = Poly.symbol(f"?{node.outputs[0].name}.{axis}")
+            if starts is None or ends is None or starts[position] < 0 or (steps and steps[position] != 1):
+                continue
+            cut = -ends[position] if ends[position] < 0 else 0 if ends[position] > np.iinfo(np.int32).max else None
+            if cut is not None and (source[axis] - starts[position] - cut).is_nonnegative:
+                dims[axis] = source[axis] - starts[position] - cut
         return tuple(dims)
 
     def _reshaped(self, node: ir.Node) -> Dims | None:
