@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 REGISTERED_NAME = "block_skip_attention"
 
-_users: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_HELD = "_block_skip_registration"
 
 # Keywords that models pass through to attention and that say nothing about its result.
 _WITHOUT_EFFECT = frozenset(
@@ -55,15 +55,43 @@ def computes_attention(module: nn.Module) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in getattr(forward, "__code__", computes_attention.__code__).co_names
 
 
-def install(model: PreTrainedModel) -> str:
-    """Switches the model to the registered attention; returns the implementation it had before."""
+class _Registration:
+    """Held by every model that needs the registered functions; they are unregistered with the last of them."""
+
+    current: weakref.ref[_Registration] | None = None
+
+    @classmethod
+    def get(cls) -> _Registration:
+        """The one that other models hold, or a new one."""
+        held = cls.current() if cls.current is not None else None
+        if held is None:
+            from transformers import AttentionInterface, AttentionMaskInterface
+
+            held = cls()
+            cls.current = weakref.ref(held)
+            AttentionInterface.register(REGISTERED_NAME, registry_attention)
+            AttentionMaskInterface.register(REGISTERED_NAME, registry_mask)
+            weakref.finalize(held, _unregister)
+        return held
+
+    def __deepcopy__(self, memo: object) -> _Registration:
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[], _Registration], tuple[()]]:
+        return _Registration.get, ()
+
+
+def _unregister() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        interface._global_mapping.pop(REGISTERED_NAME, None)
+
+
+def install(model: PreTrainedModel) -> str:
+    """Switches the model to the registered attention; returns the implementation it had before."""
     before = model.config._attn_implementation
-    AttentionInterface.register(REGISTERED_NAME, registry_attention)
-    AttentionMaskInterface.register(REGISTERED_NAME, registry_mask)
-    _users.add(model)
-    weakref.finalize(model, _unregister_when_unused)
+    model.__dict__[_HELD] = _Registration.get()
     model.set_attn_implementation(REGISTERED_NAME)
     return before
 
@@ -71,17 +99,7 @@ def install(model: PreTrainedModel) -> str:
 def uninstall(model: PreTrainedModel, implementation: str) -> None:
     """Switches the model back to `implementation`."""
     model.set_attn_implementation(implementation)
-    _users.discard(model)
-    _unregister_when_unused()
-
-
-def _unregister_when_unused() -> None:
-    if _users:
-        return
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    for interface in (AttentionInterface, AttentionMaskInterface):
-        interface._global_mapping.pop(REGISTERED_NAME, None)
+    model.__dict__.pop(_HELD, None)
 
 
 def registry_attention(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,13 @@ class Visibility:
             where=f"attention_mask.{name}",
             fix='use sparsify(model, config, path="softmax"), or export the dense model and rewrite its attention',
         )
+
+    def to(self, device: torch.device | str | int, **others: bool) -> Visibility:
+        """The same on another device: `accelerate` moves what a module is given to where the module is."""
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
     def __getitem__(self, key: object) -> object:
         return self.__getattr__("slice")

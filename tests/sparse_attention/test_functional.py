@@ -340,6 +340,22 @@ def test_right_padding_changes_nothing() -> None:
     assert sum(sum(counts.skipped) for counts in in_batch) > 0
 
 
+def test_transformer_with_decoder() -> None:
+    """Self, causal and cross attention of `nn.Transformer`, sequence first as it is by default."""
+    model = nn.Transformer(SIZE, HEADS, 1, 1, SIZE)
+    sharp(model)
+    source, target = inputs(37, 2, SIZE), inputs(20, 2, SIZE, seed=1)
+    kwargs = {"tgt_mask": nn.Transformer.generate_square_subsequent_mask(20), "memory_key_padding_mask": padding()}
+    expected = model(source, target, **kwargs)
+    dense = sparsify(copy.deepcopy(model), settings())
+    assert (dense(source, target, **kwargs) - expected).abs().max() < CLOSE
+    sparse = sparsify(model, settings(0.7))
+    sparse(source, target, **kwargs)
+    assert [layer.name for layer in summary(sparse) if layer.sparsity > 0] == [
+        "encoder.layers.0.self_attn", "decoder.layers.0.self_attn", "decoder.layers.0.multihead_attn",
+    ]  # fmt: skip
+
+
 def test_modules_that_no_pattern_enables_are_left_alone() -> None:
     model = sharp(Block())
     sparsify(model, settings(0.7, "attention"))

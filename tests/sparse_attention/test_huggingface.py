@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
 from typing import Any
 
 import pytest
@@ -255,19 +257,43 @@ def test_mask_work_of_the_model_is_refused() -> None:
     assert copy.deepcopy(Visibility(is_causal=True)).is_causal
 
 
-def test_nothing_stays_registered() -> None:
+def is_registered() -> bool:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     from sparse_attention.huggingface import REGISTERED_NAME
 
+    found = {REGISTERED_NAME in interface._global_mapping for interface in (AttentionInterface, AttentionMaskInterface)}
+    assert len(found) == 1
+    return found.pop()
+
+
+def test_nothing_stays_registered() -> None:
+    gc.collect()
+    assert not is_registered()
     model = sparsify(tiny("llama"), settings())
-    for interface in (AttentionInterface, AttentionMaskInterface):
-        assert REGISTERED_NAME in interface._global_mapping
+    assert is_registered()
     sparse_attention.restore(model)
-    for interface in (AttentionInterface, AttentionMaskInterface):
-        assert REGISTERED_NAME not in interface._global_mapping
+    assert not is_registered()
     assert model.config._attn_implementation == "eager"
     assert torch.equal(outputs(model, input_ids=tokens()), outputs(tiny("llama"), input_ids=tokens()))
+
+
+def test_copies_outlive_the_model() -> None:
+    """Deep and pickled copies keep the registration; the last one to go takes it along."""
+    model = sparsify(tiny("llama"), settings())
+    expected = outputs(model, input_ids=tokens())
+    pickled, twin = pickle.dumps(model), copy.deepcopy(model)
+    del model
+    gc.collect()
+    assert torch.equal(outputs(twin, input_ids=tokens()), expected)
+    del twin
+    gc.collect()
+    assert not is_registered()
+    loaded = pickle.loads(pickled)
+    assert torch.equal(outputs(loaded, input_ids=tokens()), expected)
+    assert summary(loaded)[0].sparsity > 0
+    sparse_attention.restore(loaded)
+    assert not is_registered()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
