@@ -125,6 +125,7 @@ class Generator:
         counts: dict[Phase, list[TileCounts]] = {"prefill": [], "decode": []}
 
         started = time.perf_counter()
+        logits = np.zeros((len(prompts), 1), np.float32)
         for begin, end in _chunks(ids.shape[1], chunk):
             out = self._call(ids[:, begin:end], cache, np.minimum(lengths, end), counts)
             value = out[np.arange(len(prompts)), np.clip(lengths - 1 - begin, 0, end - begin - 1)]

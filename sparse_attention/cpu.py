@@ -10,13 +10,14 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sparse_attention.reference import effective_threshold
 from sparse_attention.threshold import PhaseThreshold
 
 NEGATIVE_INFINITY = -math.inf
-_SCORES_AT_ONCE = 1 << 22
-"""Scores computed at once: 16 MiB bounds the memory; smaller pieces were slower (products too small to thread well)."""
+_SCORES_AT_ONCE = 1 << 20
+"""Scores computed at once where they are of several K/V heads: 4 MiB, so that what follows finds them in the cache."""
 
 
 def block_skip_attention_cpu(
@@ -53,7 +54,7 @@ def block_skip_attention_cpu(
     counts = torch.zeros(heads, 2, dtype=torch.int64)
     for b in range(batch):
         row_of_tiles = _TileRow(
-            k[b].float(), v[b].float(), None if sinks is None else sinks.float(), br=br, bc=bc, group=group,
+            k[b], v[b], None if sinks is None else sinks.float(), br=br, bc=bc, group=group,
             is_causal=is_causal, scale=scale, softcap=softcap, window=window, length=int(lengths[b]), start=starts[b],
             log_threshold=log_threshold[b], joint=unit == "group",
         )  # fmt: skip
@@ -63,152 +64,160 @@ def block_skip_attention_cpu(
             rows_bias = per_row_bias
             if rows_bias is not None and rows_bias.shape[-2] > 1:
                 rows_bias = rows_bias[:, first:last]
-            result = row_of_tiles(q[b, :, first:last].float(), first, rows_bias, counts)
-            if result is not None:
-                out[b, :, first:last] = result
+            row_of_tiles(q[b, :, first:last].float(), first, rows_bias, counts, out[b, :, first:last])
     return out, counts.to(torch.int32)
 
 
 class _TileRow:
-    """One batch element's keys and values, against which tile rows of queries are computed one after another."""
+    """One batch element's keys and values, against which tile rows of queries are computed one after another.
+
+    K and V are filled up to whole tiles; what lies beyond `length` is never read. Scores and weights of all tile rows
+    go through the same two buffers: fresh memory for each would cost more than the arithmetic.
+    """
 
     def __init__(
         self, k: Tensor, v: Tensor, sinks: Tensor | None, *, br: int, bc: int, group: int, is_causal: bool,
         scale: float, softcap: float, window: int, length: int, start: int, log_threshold: float, joint: bool,
     ) -> None:  # fmt: skip
-        self.k, self.v, self.sinks = k, v, sinks
-        self.br, self.bc, self.group = br, bc, group
+        self.k, self.v = (functional.pad(x[:, :length].float(), (0, 0, 0, -length % bc)) for x in (k, v))
+        self.sinks = sinks
+        self.bc, self.group = bc, group
         self.is_causal, self.scale, self.softcap, self.window = is_causal, scale, softcap, window
         self.length, self.start, self.log_threshold, self.joint = length, start, log_threshold, joint
+        of_one_kv_head = group * br * self.k.shape[1]
+        self.at_once = max(1, min(len(k), _SCORES_AT_ONCE // max(of_one_kv_head, 1)))
+        self.scores, self.weights = torch.empty(2, self.at_once * of_one_kv_head)
 
-    def __call__(self, q: Tensor, first: int, bias: Tensor | None, counts: Tensor) -> Tensor | None:
-        """`q [Hq, rows, D] float32`, the tile row that starts at query row `first`; adds to `counts [Hq, 2]`."""
+    def __call__(self, q: Tensor, first: int, bias: Tensor | None, counts: Tensor, out: Tensor) -> None:
+        """One tile row: `q [Hq, rows, D] float32` from query row `first` on; adds to `counts`, fills `out`."""
         rows = q.shape[1]
         begin, end = self._columns(first, rows)
         if begin >= end:
-            return None
-        fully_visible = bias is None and self._every_row_sees_every_tile(first, rows, begin, end)
-        at_once = max(1, _SCORES_AT_ONCE // (self.group * rows * (end - begin)))
-        out = []
-        for kv_head in range(0, self.k.shape[0], at_once):
-            some = slice(kv_head, kv_head + at_once)
-            heads = slice(kv_head * self.group, (kv_head + at_once) * self.group)
+            return
+        sees_all = bias is None and self._every_row_sees_every_tile(first, rows, begin, end)
+        for kv_head in range(0, len(self.k), self.at_once):
+            some = slice(kv_head, kv_head + self.at_once)
+            heads = slice(kv_head * self.group, (kv_head + self.at_once) * self.group)
             k, v = self.k[some, begin:end], self.v[some, begin:end]
             sinks = None if self.sinks is None else self.sinks[heads]
             some_bias = bias[heads] if bias is not None and bias.shape[0] > 1 else bias
-            scores = self._scores(q[heads], k, first, begin, end, some_bias)
-            keep = self._decide(scores, fully_visible, counts[heads])
-            if keep is None:
-                out.append(_softmax_product(scores, v, sinks, fully_visible))
-                continue
-            for h, kept in enumerate(keep):
-                columns = self._columns_of(kept, end - begin)
-                sink = None if sinks is None else sinks[h : h + 1]
-                value = v[h // self.group].unsqueeze(0)
-                out.append(
-                    _softmax_product(
-                        _take(scores[h : h + 1], columns, -1), _take(value, columns, 1), sink, fully_visible
-                    )
-                )
-        return torch.cat(out)
+            scores = self._scores(q[heads], k, first, begin, some_bias)
+            skipped = self._decide(scores, sees_all, counts[heads])
+            if skipped is None:
+                weights = self.weights[: scores.numel()].view_as(scores)
+                _softmax_product(scores, v, sinks, sees_all, weights, out[heads])
+            else:
+                self._kept_product(scores, v, sinks, sees_all, ~skipped, out[heads])
 
     def _columns(self, first: int, rows: int) -> tuple[int, int]:
-        """The columns some row can see by position, from a tile's border on."""
-        end, begin = self.length, 0
+        """The columns some row can see by position, from one border of tiles to another."""
+        begin, end = 0, self.length
         if self.is_causal:
             end = min(end, first + rows + self.start)
         if self.window:
             begin = max(0, first + self.start - self.window + 1) // self.bc * self.bc
-        return begin, end
+        return begin, -(-end // self.bc) * self.bc
 
     def _every_row_sees_every_tile(self, first: int, rows: int, begin: int, end: int) -> bool:
         """By position alone: then no tile is empty for any row and no row is empty."""
-        last_tile = begin + (end - begin - 1) // self.bc * self.bc
-        causal = not self.is_causal or first + self.start >= last_tile
+        causal = not self.is_causal or first + self.start >= end - self.bc
         oldest = first + rows - 1 + self.start - self.window  # the last column the last row no longer sees
-        return causal and (not self.window or oldest < min(begin + self.bc, end) - 1)
+        return causal and (not self.window or oldest < min(begin + self.bc, self.length) - 1)
 
-    def _scores(self, q: Tensor, k: Tensor, first: int, begin: int, end: int, bias: Tensor | None) -> Tensor:
-        """Masked scores `[heads, rows, end - begin]`; heads that share keys are rows of one product."""
+    def _scores(self, q: Tensor, k: Tensor, first: int, begin: int, bias: Tensor | None) -> Tensor:
+        """Masked scores `[heads, rows, columns]`; heads that share keys are rows of one product."""
         heads, rows, size = q.shape
-        queries = (q * self.scale).reshape(-1, self.group * rows, size)
-        scores = torch.matmul(queries, k.transpose(-1, -2)).view(heads, rows, end - begin)
+        columns = k.shape[1]
+        scores = self.scores[: heads * rows * columns].view(len(k), -1, columns)
+        _product((q * self.scale).reshape(len(k), -1, size), k.transpose(-1, -2), scores)
+        scores = scores.view(heads, rows, columns)
         if self.softcap:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
+            scores.div_(self.softcap).tanh_().mul_(self.softcap)
         if bias is not None:
-            bias = bias[..., begin:end] if bias.shape[-1] > 1 else bias
-            visible = bias if bias.dtype == torch.bool else bias > torch.finfo(bias.dtype).min / 2
-            scores = scores if bias.dtype == torch.bool else scores + bias.float()
-            scores = scores.masked_fill(~visible, NEGATIVE_INFINITY)
+            seen = min(columns, self.length - begin)
+            bias = bias[..., begin : begin + seen] if bias.shape[-1] > 1 else bias
+            if bias.dtype == torch.bool:
+                visible = bias
+            else:
+                visible = bias > torch.finfo(bias.dtype).min / 2
+                scores[..., :seen].add_(bias)
+            scores[..., :seen].masked_fill_(~visible, NEGATIVE_INFINITY)
+        scores[..., max(self.length - begin, 0) :] = NEGATIVE_INFINITY
         position = torch.arange(first + self.start, first + self.start + rows).unsqueeze(-1)
         if self.is_causal:  # only columns beyond the first row's own position can be hidden
-            diagonal = min(max(first + self.start + 1, begin), end)
-            column = torch.arange(diagonal, end)
-            scores[..., diagonal - begin :].masked_fill_(column > position, NEGATIVE_INFINITY)
+            diagonal = min(max(first + self.start + 1 - begin, 0), columns)
+            column = torch.arange(begin + diagonal, begin + columns)
+            scores[..., diagonal:].masked_fill_(column > position, NEGATIVE_INFINITY)
         if self.window:
-            leaving = min(max(first + rows + self.start - self.window, begin), end)
-            column = torch.arange(begin, leaving)
-            scores[..., : leaving - begin].masked_fill_(column <= position - self.window, NEGATIVE_INFINITY)
+            leaving = min(max(first + rows + self.start - self.window - begin, 0), columns)
+            column = torch.arange(begin, begin + leaving)
+            scores[..., :leaving].masked_fill_(column <= position - self.window, NEGATIVE_INFINITY)
         return scores
 
-    def _decide(self, scores: Tensor, fully_visible: bool, counts: Tensor) -> list[list[int]] | None:
-        """The kept tiles of each head, or None where every head keeps all."""
-        columns = scores.shape[-1]
-        tiles = -(-columns // self.bc)
-        if fully_visible and self.log_threshold == NEGATIVE_INFINITY:
-            counts[:, 1] += tiles
-            return None
-        whole = columns // self.bc * self.bc
-        maximum = scores[..., :whole].unflatten(-1, (-1, self.bc)).amax(-1)
-        if whole < columns:
-            maximum = torch.cat([maximum, scores[..., whole:].amax(-1, keepdim=True)], dim=-1)
+    def _decide(self, scores: Tensor, sees_all: bool, counts: Tensor) -> Tensor | None:
+        """The skipped tiles `[heads, C] bool`, or None where every head keeps all."""
+        if sees_all:
+            counts[:, 1] += scores.shape[-1] // self.bc
+            if self.log_threshold == NEGATIVE_INFINITY:
+                return None
+        maximum = scores.unflatten(-1, (-1, self.bc)).amax(-1)
         running = maximum.cummax(-1).values
         gap = maximum - running
-        if not fully_visible:
+        if not sees_all:  # -inf - -inf is NaN: a row that has seen nothing up to here does not vote
             gap = torch.where(running == NEGATIVE_INFINITY, NEGATIVE_INFINITY, gap)
         gap = gap.amax(1)
         if self.joint:
             gap = gap.unflatten(0, (-1, self.group)).amax(1).repeat_interleave(self.group, 0)
         skipped = gap < self.log_threshold
-        if fully_visible:
-            counts[:, 1] += tiles
-        else:
+        if not sees_all:
             exists = (maximum > NEGATIVE_INFINITY).any(1)
-            skipped = skipped & exists
+            skipped &= exists
             counts[:, 1] += exists.sum(-1)
         if not skipped.any():
             return None
         counts[:, 0] += skipped.sum(-1)
-        return [head.nonzero().flatten().tolist() for head in ~skipped]
+        return skipped
 
-    def _columns_of(self, tiles: list[int], columns: int) -> list[slice]:
-        """The columns of the given tiles, neighbouring tiles joined into one slice."""
-        runs: list[list[int]] = []
-        for tile in tiles:
-            if runs and runs[-1][1] == tile:
-                runs[-1][1] = tile + 1
-            else:
-                runs.append([tile, tile + 1])
-        return [slice(first * self.bc, min(last * self.bc, columns)) for first, last in runs]
+    def _kept_product(
+        self, scores: Tensor, v: Tensor, sinks: Tensor | None, sees_all: bool, kept: Tensor, out: Tensor
+    ) -> None:
+        """Each head's `out [rows, Dv]` from its kept tiles only, which are gathered first."""
+        rows = scores.shape[1]
+        tiles, values = scores.unflatten(-1, (-1, self.bc)), v.unflatten(1, (-1, self.bc))
+        of_head = kept.nonzero()[:, 1].split(kept.sum(-1).tolist())
+        for head, index in enumerate(of_head):
+            gathered = self.weights[: rows * len(index) * self.bc].view(rows, len(index), self.bc)
+            torch.index_select(tiles[head], 1, index, out=gathered)
+            value = values[head // self.group].index_select(0, index).flatten(0, 1)
+            sink = None if sinks is None else sinks[head : head + 1]
+            of_this = scores[head].view(-1)[: gathered.numel()].view(1, rows, -1)  # its scores are not needed any more
+            _softmax_product(gathered.view(1, rows, -1), value[None], sink, sees_all, of_this, out[head : head + 1])
 
 
-def _take(values: Tensor, columns: list[slice], dim: int) -> Tensor:
-    parts = [values[..., c] if dim == -1 else values[:, c] for c in columns]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+def _softmax_product(
+    scores: Tensor, values: Tensor, sinks: Tensor | None, sees_all: bool, weights: Tensor, out: Tensor
+) -> None:
+    """`out [heads, rows, Dv]` = softmax(scores) @ values; rows that see nothing give zeros.
 
-
-def _softmax_product(scores: Tensor, values: Tensor, sinks: Tensor | None, fully_visible: bool) -> Tensor:
-    """softmax(scores) @ values, `[heads, rows, Dv]`; rows that see nothing give zeros.
-
-    `scores [heads, rows, columns]`, `values [kv heads, columns, Dv]`, `sinks [heads]` join the denominator only.
+    `scores [heads, rows, columns]`, `values [kv heads, columns, Dv]`, `sinks [heads]` join the denominator only;
+    `weights`, like the scores, is where the softmax goes.
     """
     heads, rows, columns = scores.shape
     if sinks is None:
-        weight = torch.softmax(scores, dim=-1)
-        if not fully_visible:
-            weight = weight.masked_fill(~(scores > NEGATIVE_INFINITY).any(-1, keepdim=True), 0.0)
+        torch.softmax(scores, dim=-1, out=weights)
+        if not sees_all:
+            weights.masked_fill_(~(scores.amax(-1, keepdim=True) > NEGATIVE_INFINITY), 0.0)
     else:
         logits = torch.cat([scores, sinks.view(-1, 1, 1).expand(heads, rows, 1)], dim=-1)
-        weight = torch.softmax(logits, dim=-1)[..., :columns]
-    shared = values.shape[0]
-    return torch.matmul(weight.reshape(shared, -1, columns), values).view(heads, rows, -1)
+        weights = torch.softmax(logits, dim=-1)[..., :columns]
+    product = weights.new_empty(len(values), heads // len(values) * rows, values.shape[-1])
+    _product(weights.reshape(len(values), -1, columns), values, product)
+    out.copy_(product.view(heads, rows, -1))
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """`out = a @ b`, batched; a single product is threaded better by itself than as a batch of one."""
+    if len(a) == 1:
+        torch.mm(a[0], b[0], out=out[0])
+    else:
+        torch.bmm(a, b, out=out)
