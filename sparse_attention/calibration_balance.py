@@ -21,7 +21,9 @@ Array = NDArray[np.float64]
 LEVEL = 0.02
 """How far from the target a length may lie, where there are several, before it costs anything."""
 _EXACT = 0.002
-_OPTIONS_PER_UNIT = 16
+_OPTIONS_PER_UNIT = 32
+_WEIGHTS = (1.0, 10.0, 100.0, 1e3, 1e4)
+"""Of the penalty on lengths that miss the target, rising."""
 _STEPS = 3000
 
 
@@ -38,8 +40,11 @@ def balance(
     """
     scales = _scales(min(lengths), most)
     sparsity, mass = _tables(layers, lengths, scales)
-    choice = _at_best_prices(sparsity, mass, target)
-    choice = _settled(choice, sparsity, mass, target, LEVEL if len(lengths) > 1 else _EXACT)
+    level = LEVEL if len(lengths) > 1 else _EXACT
+    # one scale for all is a start too, so that the result is never worse than that
+    starts = (_at_best_prices(sparsity, mass, target), _one_for_all(sparsity, target))
+    settled = [_settled(start, sparsity, mass, target, level) for start in starts]
+    choice = min(settled, key=lambda choice: _cost(choice, sparsity, mass, target, level))
     return {name: float(scales[option]) for name, option in zip(layers, choice, strict=True)}
 
 
@@ -86,7 +91,7 @@ def _settled(choice: NDArray[np.intp], sparsity: Array, mass: Array, target: flo
     """The choice improved layer by layer, with a growing penalty on lengths that miss the target."""
     choice = choice.copy()
     rows = np.arange(len(mass))
-    for weight in (1.0, 10.0, 100.0, 1e3, 1e4):
+    for weight in _WEIGHTS:
         for _ in range(50):
             before = choice.copy()
             for layer in rows:
@@ -96,6 +101,17 @@ def _settled(choice: NDArray[np.intp], sparsity: Array, mass: Array, target: flo
             if np.array_equal(before, choice):
                 break
     return choice
+
+
+def _one_for_all(sparsity: Array, target: float) -> NDArray[np.intp]:
+    """The same option for every layer, the one whose lengths lie nearest to the target."""
+    worst = np.abs(sparsity.sum(axis=0) - target).max(axis=1)
+    return np.full(len(sparsity), int(np.argmin(worst)), dtype=np.intp)
+
+
+def _cost(choice: NDArray[np.intp], sparsity: Array, mass: Array, target: float, level: float) -> float:
+    off = np.maximum(np.abs(_sum(sparsity, choice) - target) - level, 0.0)
+    return float(mass[np.arange(len(mass)), choice].sum() + _WEIGHTS[-1] * (off**2).sum())
 
 
 def _sum(sparsity: Array, choice: NDArray[np.intp]) -> Array:

@@ -28,9 +28,12 @@ MASS_UNIT = 2.0**-32
 
 
 def bins_of(gap: Tensor) -> Tensor:
-    """The bin of each gap, int64: the number of edges that are at or below it, so that bins before edge i are < it."""
+    """The bin of each gap, int64: how many edges lie at or below it, so that the bins up to i hold what is below edge i.
+
+    NaN is kept like 0: no λ skips it.
+    """
     position = torch.floor((gap.double() - LOWEST) * PER_UNIT) + 1
-    return position.clamp(0, BINS - 1).to(torch.int64)
+    return position.clamp(0, BINS - 1).nan_to_num(BINS - 1).to(torch.int64)
 
 
 @dataclass

@@ -40,7 +40,9 @@ def _preset(pattern: str = "*attn*", calibration: dict[str, Any] | None = None, 
     return {"sparse_cfg": {**tree, pattern: {**fields, "enable": True}, "default": {"enable": False}}}
 
 
-_FLASH: dict[str, Any] = {"method": "flash_skip_softmax", "br": 128, "bc": 128, "backend": "pytorch", "collect_stats": True}
+_FLASH: dict[str, Any] = {
+    "method": "flash_skip_softmax", "br": 128, "bc": 128, "backend": "pytorch", "collect_stats": True
+}  # fmt: skip
 _TRITON: dict[str, Any] = {"method": "triton_skip_softmax", "backend": "triton"}
 _HALF = {"target_sparse_ratio": {"prefill": 0.5, "decode": 0.5}, "samples": 64, "max_seqlen": 16384}
 MODELOPT_PRESETS: dict[str, dict[str, Any]] = {
