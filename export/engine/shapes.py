@@ -72,12 +72,14 @@ def make_profiles(
     """
     symbols = _symbols(inputs)
     _check_given(given, symbols)
-    has_cache = any(_role(name) in ("past", "total") for name in symbols)
+    # A cache of a fixed size has no dimension of its own, only its inputs.
+    has_cache = any(_role(name) in ("past", "total") for name in symbols) or any("past" in t.name for t in inputs)
     sequence = next((name for name in symbols if _role(name) == "sequence"), None)
     phases = PHASES if has_cache and sequence is not None else PHASES[:1]
     profiles = []
     for phase in phases:
-        ranges = {name: _range_of(name, phase, given, max_length, has_cache) for name in symbols}
+        ranges = {name: _range_of(name, phase, given, max_length) for name in symbols}
+        _add_up(ranges)
         missing = sorted(name for name, found in ranges.items() if found is None)
         if missing:
             raise UsageError(
@@ -158,7 +160,7 @@ def _role(name: str) -> str | None:
     return next((role for role, pattern in patterns.items() if re.search(pattern, name.lower())), None)
 
 
-def _range_of(name: str, phase: str, given: Mapping[str, Range], longest: int, has_cache: bool) -> Range | None:
+def _range_of(name: str, phase: str, given: Mapping[str, Range], longest: int) -> Range | None:
     role = _role(name)
     found = given.get(f"{phase}.{name}")
     if found is None and not (phase == "decode" and role == "sequence"):
@@ -167,17 +169,22 @@ def _range_of(name: str, phase: str, given: Mapping[str, Range], longest: int, h
     if found is not None:
         return found
     middle = max(1, longest // 4)
-    if role == "batch":
-        return Range(DEFAULT_BATCH, DEFAULT_BATCH, DEFAULT_BATCH)
-    if phase == "prefill":
-        defaults = {"past": Range(0, 0, 0), "total": Range(1, middle, longest), "sequence": Range(1, middle, longest)}
-    else:
-        cached = max(1, longest - 1)
-        middle = min(middle, cached)
-        defaults = {
-            "past": Range(1, middle, cached), "total": Range(1, middle, longest), "sequence": Range(1, 1, 1)
-        }  # fmt: skip
-    return defaults.get(role) if role is not None else None
+    cached = max(1, longest - 1)
+    defaults = {
+        "batch": Range(DEFAULT_BATCH, DEFAULT_BATCH, DEFAULT_BATCH),
+        "past": Range(0, 0, 0) if phase == "prefill" else Range(1, min(middle, cached), cached),
+        "sequence": Range(1, middle, longest) if phase == "prefill" else Range(1, 1, 1),
+    }
+    return defaults.get(role or "")
+
+
+def _add_up(ranges: dict[str, Range | None]) -> None:
+    """A dimension that means all keys is the cached ones and the new ones together, unless it was given."""
+    by_role = {_role(name): found for name, found in ranges.items()}
+    past, sequence = by_role.get("past") or Range(0, 0, 0), by_role.get("sequence")
+    for name, found in ranges.items():
+        if found is None and _role(name) == "total" and sequence is not None:
+            ranges[name] = Range(past.min + sequence.min, past.opt + sequence.opt, past.max + sequence.max)
 
 
 def _profile(name: str, inputs: Sequence[TensorInfo], ranges: Mapping[str, Range]) -> Profile:

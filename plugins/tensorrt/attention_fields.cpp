@@ -153,10 +153,10 @@ void checkPhase(std::string const& name, PhaseThreshold const& phase)
     {
         refuse(name + "_a", show(phase.a), "a finite number >= 0");
     }
-    if (!std::isfinite(phase.b) || !std::isfinite(phase.target) || !std::isfinite(phase.factor()))
+    // a * exp(b * target) may be as large as it likes: a threshold of 1 or more means dense.
+    if (!std::isfinite(phase.b) || !std::isfinite(phase.target))
     {
-        refuse(name + "_b, " + name + "_target", show(phase.b) + ", " + show(phase.target),
-            "numbers for which a * exp(b * target) is finite");
+        refuse(name + "_b, " + name + "_target", show(phase.b) + ", " + show(phase.target), "finite numbers");
     }
 }
 
@@ -203,7 +203,7 @@ void checkFields(AttentionFields const& fields)
 
 float PhaseThreshold::factor() const
 {
-    return a == 0.0F ? 0.0F : a * std::exp(b * target);
+    return a == 0.0F ? 0.0F : static_cast<float>(double{a} * std::exp(double{b} * double{target}));
 }
 
 bool AttentionFields::hasCounts() const

@@ -27,8 +27,12 @@ def run_process(command: Sequence[str | Path], **environment: str) -> subprocess
 
 
 def load_write_plan() -> ModuleType:
-    """The script as a module: `plugins/` cannot be imported from."""
-    spec = importlib.util.spec_from_file_location("write_plan", ROOT / "plugins/host/write_plan.py")
+    return load_host_script("write_plan")
+
+
+def load_host_script(name: str) -> ModuleType:
+    """A script of the host as a module: `plugins/` cannot be imported from."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"plugins/host/{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -30,6 +30,23 @@ def test_with_a_cache_prefill_and_decode_differ() -> None:
     assert decode.inputs["attention_mask"] == ((1, 2), (1, 257), (1, 1024))
 
 
+def test_all_keys_are_the_cached_and_the_new_ones() -> None:
+    mask = TensorInfo("attention_mask", TensorProto.INT64, ("batch", "total"))
+    prefill, decode = make_profiles([IDS, CACHE, mask], {}, max_length=1024)
+    assert prefill.inputs["attention_mask"] == ((1, 1), (1, 256), (1, 1024))
+    assert decode.inputs["attention_mask"] == ((1, 2), (1, 257), (1, 1024))
+    _, given = make_profiles([IDS, CACHE, mask], parse_shapes(["decode.past:1,100,500"]))
+    assert given.inputs["attention_mask"] == ((1, 2), (1, 101), (1, 501))
+
+
+def test_a_cache_of_fixed_size_has_a_decode_profile_too() -> None:
+    cache = TensorInfo("past_key_values.0.key", TensorProto.FLOAT16, ("batch", 3, 4096, 64))
+    prefill, decode = make_profiles([IDS, cache], {}, max_length=1024)
+    assert prefill.inputs["input_ids"][2] == (1, 1024)
+    assert decode.inputs["input_ids"] == ((1, 1), (1, 1), (1, 1))
+    assert decode.inputs["past_key_values.0.key"][0] == (1, 3, 4096, 64)
+
+
 def test_given_ranges_win_and_a_decode_step_stays_one_token() -> None:
     given = parse_shapes(["sequence:1,512,4096", "batch:1,4,8", "decode.past:1,1024,8191"])
     prefill, decode = make_profiles([IDS, CACHE, MASK], given)

@@ -16,7 +16,7 @@ import torch
 from emulation import Emulation
 from planted import THRESHOLD, planted
 from tensorrt_models import attention_model
-from tensorrt_support import load_write_plan
+from tensorrt_support import load_host_script, load_write_plan
 from torch import Tensor
 
 from export import op
@@ -41,7 +41,7 @@ def enqueue(emulation: Emulation, plugin_build: Path, tmp_path: Path) -> Enqueue
         model = attention_model(tmp_path / "m.onnx", inputs=inputs, counts=True, **attributes)
         past = k.shape[2] - q.shape[2]
         profile = f"only:batch={q.shape[0]},sequence={q.shape[2]},past={past}"
-        _, plan, _ = load_write_plan().plan_for(model, tmp_path, [profile], inputs={}, data=False)
+        _, plan, _ = load_write_plan().plan_for(model, tmp_path, [profile], inputs={}, data=True)
         o = torch.full((*q.shape[:3], tensors["v"].shape[3]), float("nan"), dtype=q.dtype)
         counts = torch.full((HEADS, 2), -1, dtype=torch.int32)
         workspace = torch.full((WORKSPACE,), 255, dtype=torch.uint8)
@@ -118,3 +118,41 @@ def test_additive_bias_is_broadcast(enqueue: Enqueue) -> None:
 
 def test_window_and_softcap(enqueue: Enqueue) -> None:
     check(enqueue, inputs_of(1, 200, 420), THRESHOLD, window=150, softcap=20.0)
+
+
+def test_calibrated_threshold_follows_the_length(enqueue: Enqueue) -> None:
+    tensors = inputs_of(1, 300, 520)
+    curve = {"prefill_a": 2.0, "prefill_b": 3.0, "prefill_target": 0.5}
+    _, counts = enqueue(tensors, is_causal=1, scale=SIZE**-0.5, **curve)
+    threshold = {"prefill": {"a": 2.0, "b": 3.0, "target": 0.5}}
+    _, tiles = attention(**tensors, threshold=threshold, is_causal=True, scale=SIZE**-0.5)
+    assert counts.tolist() == tiles.counts.tolist()
+    assert counts[:, 0].sum() > 0
+
+
+def test_the_comparison_with_pytorch_passes_and_can_fail(enqueue: Enqueue, tmp_path: Path) -> None:
+    """What is run after a walk on a GPU, on outputs of the emulation."""
+    script = load_host_script("compare")
+    tensors = inputs_of(1, 300, 520)
+    o, counts = enqueue(tensors, is_causal=1, scale=SIZE**-0.5, prefill_threshold=THRESHOLD)
+    files = {**tensors, "o": o, "counts": counts}
+    for name, tensor in files.items():
+        (tmp_path / f"layer0.only.{name}.bin").write_bytes(tensor.contiguous().numpy().tobytes())
+    (case,) = script.read_cases(tmp_path / "plan.txt")
+    result = script.compare(tmp_path, case, "cpu")
+    assert result.passed
+    assert result.found[0] > 0
+
+    def judged(name: str, changed: Tensor) -> bool:
+        (tmp_path / f"layer0.only.{name}.bin").write_bytes(changed.numpy().tobytes())
+        passed: bool = script.compare(tmp_path, case, "cpu").passed
+        (tmp_path / f"layer0.only.{name}.bin").write_bytes(files[name].contiguous().numpy().tobytes())
+        return passed
+
+    wrong, poisoned, miscounted = o.clone(), o.clone(), counts.clone()
+    wrong[0, 1, 7] += 0.1
+    poisoned[0, 0, 0, 0] = float("nan")
+    miscounted[0, 0] += 1
+    assert not judged("o", wrong)
+    assert not judged("o", poisoned)
+    assert not judged("counts", miscounted)
