@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from export import op
 from export.rewrite import attention_op, decomposed
@@ -47,6 +48,8 @@ def rewrite_attention(
         ConfigError: where a configuration says `is_causal` explicitly and the graph proves otherwise.
     """
     graph = model.graph
+    if any(node.outputs[0].shape is None for node in _candidates(graph)):
+        ShapeInferencePass()(model)  # a file without shapes, as older exporters write it
     shapes = Shapes()
     calculus = IndexCalculus(shapes)
     opset = graph.opset_imports.get("", 1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from export.rewrite.gqa import unexpand
+from export.rewrite.gqa import Unexpanded, unexpand
 from export.rewrite.index_calculus import IndexCalculus
 from export.rewrite.masks import MaskParts, take_apart
 from export.rewrite.match import AttentionMatch, Operand
@@ -114,7 +114,10 @@ def _unexpand(match: AttentionMatch, shapes: Shapes) -> tuple[Operand, Operand, 
     k, v = match.k, match.v
     if k.perm is not None or v.perm is not None:
         return k, v, 1, ""
-    small_k, small_v = unexpand(k.value, shapes), unexpand(v.value, shapes)
+    small_k = unexpand(k.value, shapes) if k.group == 1 else Unexpanded(k.value, k.group)
+    small_v = unexpand(v.value, shapes)
+    if k.group not in (1, small_v.group):
+        raise RefusalError(f"K is repeated {k.group} times and V {small_v.group} times")
     if small_k.group != small_v.group:
         return k, v, 1, f"K repeated {small_k.group} times and V {small_v.group} times, so both stay expanded"
     return Operand(small_k.value), Operand(small_v.value), small_k.group, ""

@@ -30,30 +30,38 @@ def unexpand(value: ir.Value, shapes: Shapes) -> Unexpanded:
     merge = producer(value, "Reshape")
     if merge is None or merge.inputs[0] is None:
         return kept
-    repeat = producer(merge.inputs[0], "Expand", "Tile")
-    if repeat is None or repeat.inputs[0] is None:
+    repeated = repeated_heads(merge.inputs[0], shapes)
+    merged = _merged_shape(merge, shapes)
+    if repeated is None or merged is None or len(merged) != 4:
         return kept
+    source = shapes.shape(repeated.value)
+    assert source is not None
+    wanted = (source[0], source[1] * repeated.group, *source[2:])
+    if any(dim not in (size, Poly.of(-1)) for dim, size in zip(merged, wanted, strict=True)):
+        return kept
+    return repeated
+
+
+def repeated_heads(value: ir.Value, shapes: Shapes) -> Unexpanded | None:
+    """What `[B, Hk, group, S, D]` repeats along its third axis, None where it does not do just that."""
+    repeat = producer(value, "Expand", "Tile")
+    if repeat is None or repeat.inputs[0] is None:
+        return None
     split = producer(repeat.inputs[0], "Unsqueeze", "Reshape")
     if split is None or split.inputs[0] is None:
-        return kept
+        return None
     source, before = shapes.shape(split.inputs[0]), shapes.shape(repeat.inputs[0])
     target = shapes.vector(repeat.inputs[1])
-    merged = _merged_shape(merge, shapes)
-    if source is None or before is None or target is None or merged is None:
-        return kept
-    if len(source) != 4 or len(before) != 5 or len(target) != 5 or len(merged) != 4:
-        return kept
-    if before != (*source[:2], Poly.of(1), *source[2:]):
-        return kept
+    if source is None or before is None or target is None:
+        return None
+    if len(source) != 4 or len(target) != 5 or before != (*source[:2], Poly.of(1), *source[2:]):
+        return None
     group = target[2].constant
     others = [(dim, size) for axis, (dim, size) in enumerate(zip(target, before, strict=True)) if axis != 2]
     if group is None or any(dim != size and dim.constant != 1 for dim, size in others):
-        return kept
-    heads = source[1] * group
-    if merged[0] not in (source[0], Poly.of(-1)) or merged[3] not in (source[3], Poly.of(-1)):
-        return kept
-    if merged[1] not in (heads, Poly.of(-1)) or merged[2] not in (source[2], Poly.of(-1)):
-        return kept
+        return None
+    if repeat.op_type == "Tile" and any(dim.constant != 1 for dim, _ in others):
+        return None
     return Unexpanded(split.inputs[0], group)
 
 

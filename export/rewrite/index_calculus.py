@@ -121,6 +121,10 @@ class IndexCalculus:
             raise NotUnderstoodError("a Range that depends on data")
         return start[0] + index(0) * delta[0]
 
+    def _constantofshape(self, node: ir.Node, shape: Dims) -> Expression:
+        value = node.attributes["value"].as_tensor().numpy() if "value" in node.attributes else np.zeros(1, np.float32)
+        return describe_array(value)
+
     def _expand(self, node: ir.Node, shape: Dims) -> Expression:
         return self._aligned(node.inputs[0], len(shape))
 

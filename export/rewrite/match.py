@@ -11,10 +11,14 @@ from export.rewrite.masks import Mask
 
 
 class Operand(NamedTuple):
-    """A tensor as the op needs it: `value`, transposed by `perm` where that is not None."""
+    """A tensor as the op needs it: `value`, transposed by `perm` where that is not None.
+
+    `group`: how often the heads of `value` were repeated on the way, which is undone already.
+    """
 
     value: ir.Value
     perm: tuple[int, ...] | None = None
+    group: int = 1
 
 
 Layout = Literal["BHSD", "NSD", "SD", "BSE"]

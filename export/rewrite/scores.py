@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
+from export.rewrite.gqa import Unexpanded, repeated_heads
 from export.rewrite.masks import HIDDEN, Mask
 from export.rewrite.match import Operand, producer
 from export.rewrite.operators import constant_array
@@ -184,16 +185,18 @@ def _untranspose(value: ir.Value, shapes: Shapes) -> Operand:
     swap = producer(split.inputs[0], "Transpose") if split is not None else None
     merge = producer(swap.inputs[0], "Reshape") if swap is not None else None
     if merge is not None and swap is not None and merge.inputs[0] is not None:
-        source, target = shapes.shape(merge.inputs[0]), shapes.shape(value)
-        merged = shapes.shape(merge.outputs[0])
+        repeated = repeated_heads(merge.inputs[0], shapes)  # a repetition of heads may be merged right away
+        small = Unexpanded(merge.inputs[0], 1) if repeated is None else repeated
+        source, target, merged = shapes.shape(small.value), shapes.shape(value), shapes.shape(merge.outputs[0])
         if (
             source is not None
+            and len(source) == 4
             and merged is not None
             and tuple(swap.attributes.get_ints("perm", ())) == (0, 2, 1)
             and merged[-2:] == source[-2:]
-            and target == (*source[:-2], source[-1], source[-2])
+            and target == (source[0], source[1] * small.group, source[3], source[2])
         ):
-            return Operand(merge.inputs[0])
+            return Operand(small.value, group=small.group)
     return Operand(value, (*range(rank - 2), rank - 1, rank - 2))
 
 

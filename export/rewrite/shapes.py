@@ -107,7 +107,7 @@ class Shapes:
             computed = tuple(Poly.symbol(f"?{value.name}.{axis}") for axis in range(len(value.shape)))
         declared = (dim if isinstance(dim, int) else dim.value for dim in value.shape)
         return tuple(
-            Poly.of(dim) if isinstance(dim, int) else found if dim is None else parse(dim)
+            Poly.of(dim) if isinstance(dim, int) else found if _says_less(dim, found) else parse(str(dim))
             for dim, found in zip(declared, computed, strict=True)
         )
 
@@ -143,6 +143,8 @@ class Shapes:
             return (Poly.symbol(f"?{value.name}.0"),)
         if node.op_type == "Slice":
             return self._sliced_shape(node, first)
+        if node.op_type == "ConstantOfShape":
+            return self.vector(node.inputs[0])
         if node.op_type == "Expand":
             target = self.vector(node.inputs[1])
             return None if target is None else broadcast(first, target, value)
@@ -241,3 +243,8 @@ class Shapes:
                 found = tuple(result for result in results if result is not None)
                 return found if len(found) == len(results) else None
         return None
+
+
+def _says_less(declared: str | None, found: Poly) -> bool:
+    """Whether a declared dimension (unnamed, or named by shape inference) says less than the computed one."""
+    return declared is None or declared.startswith("unk__") or found.constant is not None
