@@ -52,6 +52,19 @@ def _cpu(
 LIBRARY.impl("block_skip_attention", _cpu, "CPU")
 
 
+def _no_gradient(context: object, *gradients: object) -> None:
+    raise UsageError(
+        "block-skip attention has no gradient",
+        where="block_skip_attention",
+        found="backward() through it",
+        fix='train the dense model: restore(model), or sparsify(model, config, path="softmax")',
+    )
+
+
+# Kernels write into buffers, which autograd must not see; and a gradient that is silently missing would be worse.
+torch.library.register_autograd("sparse_attention::block_skip_attention", _no_gradient, lib=LIBRARY)
+
+
 @overload
 def block_skip_attention(
     q: Tensor, k: Tensor, v: Tensor, *, threshold: Threshold, br: int = ..., bc: int = ..., is_causal: bool = ...,

@@ -160,3 +160,15 @@ def test_a_failure_halfway_changes_nothing(path: Any, monkeypatch: pytest.Monkey
     assert layers_of(model) == []
     assert torch.equal(logits(model), dense)
     assert not any(functional._HOOK in module.__dict__ or "forward" in module.__dict__ for module in model.modules())
+
+
+def test_gradients() -> None:
+    """The op runs with parameters that require gradients and refuses the backward pass; the softmax path has one."""
+    ids = torch.randint(1, VOCABULARY, (1, 40))
+    model = sparsify(tiny("llama").requires_grad_(), settings())
+    with pytest.raises(SparseAttentionError, match="no gradient"):
+        model(ids).logits.sum().backward()
+    restore(model)
+    sparsify(model, settings(), path="softmax")(ids).logits.sum().backward()
+    assert all(layer.sparsity > 0 for layer in summary(model))
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
