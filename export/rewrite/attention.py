@@ -15,8 +15,11 @@ from export.rewrite.index_calculus import IndexCalculus
 from export.rewrite.match import AttentionMatch
 from export.rewrite.report import AttentionSite, Left, RefusalError, RewriteReport, Rewritten, Settings, site_of
 from export.rewrite.shapes import Shapes
-from sparse_attention.errors import ConfigError
+from sparse_attention.errors import ConfigError, ModelError
 from sparse_attention.patterns import ResolvedAttention
+
+OLDEST_OPSET = 18
+"""The function body reduces over axes that are inputs."""
 
 
 def find_attention(model: ir.Model) -> tuple[AttentionSite, ...]:
@@ -46,8 +49,11 @@ def rewrite_attention(
 
     Raises:
         ConfigError: where a configuration says `is_causal` explicitly and the graph proves otherwise.
+        ModelError: where the graph's opset is below 18, in which the function body cannot be written.
     """
     graph = model.graph
+    if not dry_run:
+        _check_opset(model)
     if any(node.outputs[0].shape is None for node in _candidates(graph)):
         ShapeInferencePass()(model)  # a file without shapes, as older exporters write it
     shapes = Shapes()
@@ -75,6 +81,17 @@ def rewrite_attention(
     if plans and not dry_run:
         _apply(model, plans, shapes, unit)
     return RewriteReport(rewritten, tuple(left))
+
+
+def _check_opset(model: ir.Model) -> None:
+    found = model.graph.opset_imports.get("", 1)
+    if found < OLDEST_OPSET:
+        raise ModelError(
+            f"the function body of the op needs opset {OLDEST_OPSET}",
+            where=model.graph.name or "",
+            found=f"opset {found}",
+            fix=f"export with opset_version={OLDEST_OPSET}, or onnx.version_converter.convert_version(model, 18)",
+        )
 
 
 def _apply(

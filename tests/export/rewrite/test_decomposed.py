@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
+import onnx.version_converter
+import onnx_ir as ir
 import pytest
 from rewrite_helpers import PREFIX, assert_same_when_dense, attribute, feeds, graph, op_nodes, rewritten, run
 
 from export import op
+from sparse_attention.errors import ModelError
 
 CONSTANT = "c = Constant<value_float=0.35>()"
 SPELLINGS = {
@@ -214,6 +218,15 @@ def test_only_what_the_attention_used_is_removed() -> None:
     rewritten(model)
     assert [node.op_type for node in model.graph] == ["Constant", op.OP_TYPE, "Neg", "Add"]
     assert len(unused) == 8
+
+
+def test_an_older_opset_is_an_error_that_says_how_to_convert() -> None:
+    model = graph(f"{PREFIX} p = Softmax(x) o = MatMul(p, v)", opset=17)
+    with pytest.raises(ModelError, match="opset 18") as error:
+        rewritten(model)
+    assert error.value.found == "opset 17" and "version_converter" in error.value.fix
+    converted = onnx.version_converter.convert_version(ir.to_proto(model), 18)
+    assert_same_when_dense(ir.from_proto(converted))
 
 
 def test_dry_run_changes_nothing() -> None:

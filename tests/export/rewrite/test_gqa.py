@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rewrite_helpers import assert_same_when_dense, graph, op_nodes
+from rewrite_helpers import assert_same_when_dense, graph, op_nodes, rewritten
 
 SMALL = {"k": "float[B,2,T,8]", "v": "float[B,2,T,8]"}
 
@@ -28,6 +28,25 @@ def test_repeated_heads_are_un_expanded(repeat: str) -> None:
     model = graph(f"{expanded('k', repeat=repeat)} {expanded('v', repeat=repeat)} {ATTENTION}", **SMALL)
     report = assert_same_when_dense(model, rows=7)
     assert report.rewritten[0].kv_groups == 2
+    assert list(op_nodes(model)[0].inputs) == list(model.graph.inputs)
+
+
+@pytest.mark.parametrize("v_times", [2, 1])
+def test_a_repetition_merged_into_the_next_reshape(v_times: int) -> None:
+    """A static export at opset 18 reshapes the repeated K at once to three dimensions for its transposition."""
+    k = expanded("k").partition(" k_s =")[0]
+    transposed = (
+        "three = Constant<value_ints=[8,11,8]>() flat = Reshape(k_e, three) t = Transpose<perm=[0,2,1]>(flat) "
+        "four = Constant<value_ints=[2,4,8,11]>() kt = Reshape(t, four)"
+    )
+    v = expanded("v") if v_times == 2 else "v4 = Identity(v)"
+    kv_heads = 2 if v_times == 2 else 4
+    types = {"q": "float[2,4,11,8]", "k": "float[2,2,11,8]", "v": f"float[2,{kv_heads},11,8]"}
+    model = graph(f"{k} {transposed} {v} {ATTENTION.partition(') ')[2]}", output="float[2,4,11,8] o", **types)
+    if v_times == 1:
+        assert rewritten(model).left[0].reason == "K is repeated 2 times and V 1 times"
+        return
+    assert assert_same_when_dense(model).rewritten[0].kv_groups == 2
     assert list(op_nodes(model)[0].inputs) == list(model.graph.inputs)
 
 
@@ -58,8 +77,6 @@ def test_one_shared_head_broadcasts() -> None:
 
 
 def test_heads_that_do_not_divide_are_left() -> None:
-    from rewrite_helpers import rewritten
-
     model = graph(ATTENTION.replace("k4", "k").replace("v4", "v"), k="float[B,4,T,8]", v="float[B,1,T,8]")
     assert "do not form groups" in rewritten(model).left[0].reason
 

@@ -52,6 +52,8 @@ CAUSAL = {
     "above = Trilu<upper=1>(ones, one) see = Not(above)",
     "cumulative positions": "tt = Constant<value = float {1.0}>() n = Concat<axis=0>(rows1, rows1) f = Expand(tt, n) "
     "l = Trilu<upper=0>(f) see = Equal(l, tt)",
+    "Trilu of a filled shape": "n = Concat<axis=0>(rows1, rows1) f = ConstantOfShape<value = float[1] {1.0}>(n) "
+    "l = Trilu<upper=0>(f) none = Equal(l, nought) see = Not(none)",
     "joined with true": "le = LessOrEqual(j, row) always = GreaterOrEqual(row, zero) see = And(always, le)",
     "neither hidden": "above = Greater(j, row) never = Less(j, zero) hidden = Or(above, never) see = Not(hidden)",
     "expanded": "le = LessOrEqual(j, row) four = Constant<value_ints=[2,1]>() n = Concat<axis=0>(four, rows1, rows1) "
