@@ -47,7 +47,7 @@ def measure_op(length: int = 2048, rounds: int = 15) -> dict[str, Timing]:
     def op(qkv: tuple[Tensor, ...], threshold: float) -> Callable[[], Tensor]:
         return lambda: block_skip_attention(*qkv, threshold=threshold, is_causal=True)
 
-    runs = {
+    runs: dict[str, Callable[[], object]] = {
         "sdpa": lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
         "op, λ = 0": op((q, k, v), 0.0),
         "op, nothing skipped": op((q, k, v), 1e-30),

@@ -68,7 +68,8 @@ def cached_signature(model: nn.Module, *, padding: Padding = "auto", static: int
     """
     if not is_decoder(model):
         raise ModelError("only a decoder has a KV cache", where=type(model).__name__, fix="leave out --kv-cache")
-    limit = getattr(model.config, "max_position_embeddings", None)
+    config: Any = model.config
+    limit = getattr(config, "max_position_embeddings", None)
     if static and limit and static > limit:
         raise UsageError("the cache is longer than the model's positions", where="--static-cache", found=str(static),
                          fix=f"use {limit} or less")  # fmt: skip
@@ -76,7 +77,7 @@ def cached_signature(model: nn.Module, *, padding: Padding = "auto", static: int
     names = [f"{i}.{part}" for i in range(len(shapes)) for part in ("key", "value")]
     past = {f"past_key_values.{name}": shapes[i // 2][i % 2] for i, name in enumerate(names)}
     dtype = next(model.parameters()).dtype
-    examples = {"input_ids": torch.randint(0, model.config.vocab_size, (BATCH, SEQUENCE))}
+    examples = {"input_ids": torch.randint(0, config.vocab_size, (BATCH, SEQUENCE))}
     dynamic: dict[str, Dynamic] = {"input_ids": {0: "batch", 1: "sequence"}}
     if static:
         if padding not in ("auto", "right"):
@@ -131,7 +132,7 @@ def _growing_call(padding: Padding) -> Any:
             lengths = Visibility() if mask is None else right_padded(mask, input_ids.shape[1])
             with given_lengths(lengths):
                 logits = model(input_ids, **options).logits
-        return [logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))]
+        return [logits, *_tensors(cache)]
 
     return call
 
@@ -149,7 +150,12 @@ def _static_call(
     lengths = Visibility(kv_lengths=kv_lengths, q_start=q_start, q_lengths=valid.squeeze(-1).to(torch.int32))
     with given_lengths(lengths):
         logits = model(input_ids, **options).logits
-    return [logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))]
+    return [logits, *_tensors(cache)]
+
+
+def _tensors(cache: Any) -> list[Tensor]:
+    """Keys and values of every layer, in order."""
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
 def _takes_positions(model: nn.Module) -> bool:
@@ -173,8 +179,8 @@ def _preallocated(past: Sequence[Tensor], start: Tensor, valid: Tensor, rows: Te
             self.keys, self.values, self.is_initialized = keys, values, True
 
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-            self.keys = self._written(self.keys, key_states)
-            self.values = self._written(self.values, value_states)
+            assert self.keys is not None and self.values is not None
+            self.keys, self.values = self._written(self.keys, key_states), self._written(self.values, value_states)
             return self.keys, self.values
 
         def _written(self, buffer: Tensor, new: Tensor) -> Tensor:

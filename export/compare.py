@@ -93,8 +93,8 @@ def compare_layer(layer: AttentionLayer, call: AttentionCall, out: Tensor, node:
         gap_error=float((tiles.gap - got["tile_gap"])[finite].abs().max()) if bool(finite.any()) else 0.0,
         different=int((differs & ~near).sum()),
         in_band=tuple(
-            BandTile(*index, gap=float(tiles.gap[tuple(index)]), log_threshold=float(log_threshold[tuple(index)]))
-            for index in (differs & near).nonzero().tolist()
+            BandTile(b, h, r, c, gap=float(tiles.gap[b, h, r, c]), log_threshold=float(log_threshold[b, h, r, c]))
+            for b, h, r, c in (differs & near).nonzero().tolist()
         ),
     )
 

@@ -136,9 +136,9 @@ class Generator:
         done = np.zeros(len(prompts), bool)
         while True:
             token = choose(logits)
-            for row in np.flatnonzero(~done):
+            for row in np.flatnonzero(~done).tolist():
                 result.token_ids[row].append(int(token[row]))
-                on_token(int(row), int(token[row]))
+                on_token(row, int(token[row]))
                 done[row] = token[row] in stop or len(result.token_ids[row]) == max_new_tokens
             if done.all():
                 break

@@ -166,7 +166,7 @@ def check(
 
 def _same_settings(layer: AttentionLayer, call: AttentionCall, runner: NodeRunner) -> None:
     """The node must carry the layer's settings: equal numbers from unequal settings would prove nothing."""
-    settings = layer.thresholds.attributes() | {
+    settings: dict[str, Any] = layer.thresholds.attributes() | {
         "br": layer.settings.br, "bc": layer.settings.bc, "unit": layer.unit, "is_causal": int(call.is_causal),
         "scale": call.scale, "softcap": call.softcap, "window": call.window,
     }  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -17,19 +18,25 @@ from export.save import check_output, staged
 
 def print_parity(console: Console, report: ParityReport) -> None:
     """A row per layer, the end-to-end comparison, and one last line `PASSED ...` or `FAILED ...`."""
-    table = Table(title=f"{report.file} against {report.against} in PyTorch, {report.tokens} tokens, {report.dtype}")
-    table.add_column("attention layer")
-    table.add_column("phase")
-    for column in ("λ", "tiles", "skipped", "%", "max error", "decided apart"):
+    console.print(f"{report.file} against {report.against} in PyTorch, {report.tokens} tokens, {report.dtype}",
+                  highlight=False, soft_wrap=True)  # fmt: skip
+    table = Table(box=SIMPLE, pad_edge=False)  # narrow enough for a terminal of 80 columns
+    table.add_column("attention layer", no_wrap=True)
+    for column in ("λ", "tiles", "skipped", "%", "error", "apart"):
         table.add_column(column, justify="right")
     for layer in report.layers:
-        apart = str(layer.different) + (f" (+{len(layer.in_band)} in band)" if layer.in_band else "")
+        apart = str(layer.different) + (f"+{len(layer.in_band)}" if layer.in_band else "")
         table.add_row(
-            layer.name, layer.phase, f"{layer.threshold:.3g}", str(layer.tiles), str(layer.skipped),
-            f"{100 * layer.skipped / max(layer.tiles, 1):.1f}", f"{layer.error:.1e}", apart,
+            layer.name + (", decode" if layer.phase == "decode" else ""), f"{layer.threshold:.3g}", str(layer.tiles),
+            str(layer.skipped), f"{100 * layer.skipped / max(layer.tiles, 1):.1f}", f"{layer.error:.1e}", apart,
             style="" if layer.passed else "red",
         )  # fmt: skip
     console.print(table)
+    console.print(
+        "error: largest difference of the outputs over max|v|; apart: tiles decided otherwise"
+        + (" (+ those within rounding of ln λ)" if any(layer.in_band for layer in report.layers) else ""),
+        style="dim", highlight=False, soft_wrap=True,
+    )  # fmt: skip
     for name, outputs in _grouped(report.outputs).items():
         worst = max(outputs, key=lambda output: output.error)
         judged = "reported only" if worst.tolerance is None else f"tolerance {worst.tolerance:.0e}"
@@ -39,10 +46,12 @@ def print_parity(console: Console, report: ParityReport) -> None:
             + ("" if name.startswith("present") else f", largest value agrees in {100 * agreement:.1f} %"),
             style=None if all(output.passed for output in outputs) else "red",
             highlight=False,
+            soft_wrap=True,
         )
     for note in report.notes:
-        console.print(f"note: {note}", style="yellow")
-    console.print(verdict(report), style="bold green" if report.passed else "bold red", highlight=False)
+        console.print(f"note: {note}", style="yellow", soft_wrap=True)
+    style = "bold green" if report.passed else "bold red"
+    console.print(verdict(report), style=style, highlight=False, soft_wrap=True)
 
 
 def _grouped(outputs: Sequence[EndToEnd]) -> dict[str, list[EndToEnd]]:

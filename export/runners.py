@@ -78,15 +78,16 @@ class NodeRunner:
         self.name = node.name or ""
         self.inputs = node.attributes["inputs"].as_string().split(",")
         self.attributes = {spec.name: node.attributes[spec.name].value for spec in op.ATTRIBUTES}
-        dtype = node.inputs[0].dtype
-        self.widened = dtype == ir.DataType.BFLOAT16
+        q = node.inputs[0]
+        self._dtype = (q.dtype if q is not None else None) or ir.DataType.FLOAT
+        self.widened = self._dtype == ir.DataType.BFLOAT16
         self._session = session(self._single_node(model, node).SerializeToString())
         self._types = {one.name: one.type for one in self._session.get_inputs()}
 
     def _single_node(self, model: ir.Model, node: ir.Node) -> onnx.ModelProto:
         function = ir.to_proto(model.functions[node.op_identifier()])
         bias = next((v.dtype for n, v in zip(self.inputs, node.inputs, strict=True) if n == "bias" and v), None)
-        element = (node.inputs[0].dtype or ir.DataType.FLOAT).value
+        element = self._dtype.value
         if self.widened:
             element = onnx.TensorProto.FLOAT
             function = ir.to_proto(self._twin(bias == ir.DataType.BOOL))

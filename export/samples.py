@@ -35,7 +35,7 @@ def sample_inputs(signature: Signature, tokenizer: Any | None, tokens: int) -> d
     """
     if "input_ids" not in signature.examples:
         return dict(signature.examples)
-    config = signature.module.model.config
+    config: Any = signature.module.model.config
     positions = getattr(config, "max_position_embeddings", None) or tokens
     if tokens > positions:
         raise UsageError("the input is longer than the model's positions", found=f"{tokens} tokens",

@@ -74,7 +74,8 @@ def _decoder(model: nn.Module, padding: Padding) -> Signature:
         with given_lengths(lengths):  # the mask only keeps transformers from looking for packed sequences
             return [model(input_ids, attention_mask=torch.ones_like(input_ids), **options).logits]
 
-    examples = {"input_ids": torch.randint(0, model.config.vocab_size, (BATCH, SEQUENCE))}
+    config: Any = model.config
+    examples = {"input_ids": torch.randint(0, config.vocab_size, (BATCH, SEQUENCE))}
     if padding != "none":
         examples["attention_mask"] = torch.ones(BATCH, SEQUENCE, dtype=torch.int64)
     dynamic = {name: {0: "batch", 1: "sequence"} for name in examples}
@@ -83,7 +84,7 @@ def _decoder(model: nn.Module, padding: Padding) -> Signature:
 
 def _encoder(model: nn.Module, padding: Padding) -> Signature:
     parameters = inspect.signature(model.forward).parameters
-    config = model.config
+    config: Any = model.config
     examples: dict[str, Tensor] = {}
     dynamic: dict[str, Dynamic] = {}
     main = getattr(model, "main_input_name", "input_ids")
