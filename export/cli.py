@@ -11,7 +11,17 @@ import sys
 import typer
 from rich.console import Console
 
-from export import cli_bench, cli_calibrate, cli_check, cli_demo, cli_doctor, cli_export, cli_generate, cli_schema
+from export import (
+    cli_bench,
+    cli_calibrate,
+    cli_check,
+    cli_demo,
+    cli_doctor,
+    cli_export,
+    cli_generate,
+    cli_quality,
+    cli_schema,
+)
 from sparse_attention.errors import SparseAttentionError
 
 app = typer.Typer(
@@ -28,7 +38,7 @@ app.command("demo")(cli_demo.demo)
 app.command("doctor")(cli_doctor.doctor)
 app.command("generate")(cli_generate.generate)
 app.command("calibrate")(cli_calibrate.calibrate)
-app.command("quality")(cli_calibrate.quality)
+app.command("quality")(cli_quality.quality)
 app.add_typer(cli_bench.app, name="bench", no_args_is_help=True)
 app.command("schema")(cli_schema.schema)
 
