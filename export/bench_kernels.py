@@ -1,12 +1,13 @@
 """How fast the compiled kernels are, beside FlashAttention-3 and cuDNN, on inputs whose skipped tiles are counted.
 
-Everything that is compared runs interleaved in the same rounds: a card under load changes its clock, so only ratios within
-a run say something. FlashAttention-3 is taken from the wheel `fa3-fwd==0.0.3` where that is installed.
+Everything that is compared runs interleaved in the same rounds: a card under load changes its clock, so only ratios
+within a run say something. FlashAttention-3 is taken from the wheel `fa3-fwd==0.0.3` where that is installed.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import statistics
@@ -106,14 +107,16 @@ def plant(case: Case, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _ours(q: Tensor, k: Tensor, v: Tensor, causal: bool, threshold: float, br: int) -> tuple[Callable[[], None], Tensor]:
+def _ours(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, threshold: float, br: int
+) -> tuple[Callable[[], None], Tensor]:
     library = native.load_library()
     out = torch.empty_like(q)
     counts = torch.empty(q.shape[1], 2, dtype=torch.int32, device="cuda")
     workspace = torch.empty(native.WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
-    options: dict[str, Any] = dict(
-        workspace=workspace, is_causal=causal, threshold=threshold, br=br, scale=q.shape[3] ** -0.5
-    )
+    options: dict[str, Any] = {
+        "workspace": workspace, "is_causal": causal, "threshold": threshold, "br": br, "scale": q.shape[3] ** -0.5,
+    }  # fmt: skip
     library.launch(native.pack(q, k, v, out, counts=counts, **options), torch.cuda.current_stream().cuda_stream)
     call = native.pack(q, k, v, out, **options)
     return lambda: library.launch(call, torch.cuda.current_stream().cuda_stream), counts
@@ -159,9 +162,7 @@ def _race(runs: dict[str, Callable[[], object]], rounds: int, calls: int) -> dic
                 run()
                 mark.record()
             torch.cuda.synchronize()
-            times[name].append(
-                statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
-            )
+            times[name].append(statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks)))
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -1,6 +1,6 @@
 """Turns a manifest of compiled kernels into sources that embed them: `kernel_table.cpp` and `kernel_images.S`.
 
-    python plugins/embed_kernels.py build/kernels/manifest.json build/generated
+python plugins/embed_kernels.py build/kernels/manifest.json build/generated
 """
 
 from __future__ import annotations

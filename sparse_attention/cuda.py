@@ -123,7 +123,7 @@ def _library() -> native.Library | None:
 @functools.cache
 def _warn_once(reason: str) -> None:
     warnings.warn(
-        f"block_skip_attention computes with PyTorch by its definition, slowly and with the whole score matrix: {reason}",
+        f"block_skip_attention computes by its definition in PyTorch, slowly and with the whole score matrix: {reason}",
         stacklevel=2,
     )
 

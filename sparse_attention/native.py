@@ -29,9 +29,8 @@ WORKSPACE_BYTES = 256  # what bsa_workspace_size answers; checked when the libra
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 _UNITS = {"head": 0, "group": 1}
-_NO_STRIDE = (0, 0, 0)
 
-# struct bsa_params: two words, 13 pointers and the workspace's size, 14 ints, 4 times 3 strides and 4 of the bias, 4 floats
+# struct bsa_params: two words, 13 pointers and the workspace's size, 14 ints, 16 strides (4 times 3, bias 4), 4 floats
 _PARAMS = struct.Struct("=2I14Q14i16q4f")
 
 
@@ -76,15 +75,13 @@ def pack(
 ) -> Call:
     """Packs the parameters of a launch.
 
-    q `[B, Hq, Sq, D]`, k `[B, Hk, Sk, D]`, v `[B, Hk, Sk, Dv]`, o `[B, Hq, Sq, Dv]`, float16 or bfloat16 of one kind, of
-    any strides that are multiples of 8 elements with a last stride of 1. `bias` is expanded to `[B, Hq, Sq, Sk]`
+    q `[B, Hq, Sq, D]`, k `[B, Hk, Sk, D]`, v `[B, Hk, Sk, Dv]`, o `[B, Hq, Sq, Dv]`, float16 or bfloat16 of one kind,
+    of any strides that are multiples of 8 elements with a last stride of 1. `bias` is expanded to `[B, Hq, Sq, Sk]`
     (stride 0 where it broadcasts), of q's dtype or bool. λ is `threshold`, or `threshold_factor / L` where that is > 0.
     """
     batch, heads, rows, size = q.shape
-    if bias is None:
-        bias_kind, bias_stride = 0, (0, 0, 0, 0)
-    else:
-        bias_kind, bias_stride = (2 if bias.dtype == torch.bool else 1), bias.stride()
+    bias_kind = 0 if bias is None else 2 if bias.dtype == torch.bool else 1
+    bias_stride = (0, 0, 0, 0) if bias is None else bias.stride()
     tensors = (q, k, v, bias, sinks, kv_lengths, q_start, q_lengths, threshold_scale, o, counts, lse, workspace)
     packed = _PARAMS.pack(
         _PARAMS.size, ABI_VERSION, *[0 if t is None else t.data_ptr() for t in tensors],

@@ -1,43 +1,19 @@
-// The C ABI: checks a call, encodes its tensor maps, and enqueues one or two kernels.
+// One kernel launch: tensor maps, argument list, grid.
 
-#include "device.h"
+#include "launch.h"
+
 #include "driver.h"
-#include "select.h"
+#include "failure.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstring>
-#include <exception>
 #include <string>
 
+namespace bsa {
 namespace {
 
-using bsa::Choice;
-using bsa::Driver;
-using bsa::Kernel;
-using bsa::TensorMap;
-
-constexpr char const* kVERSION = "{\"version\": \"1.0.0\", \"abi\": 1, \"architectures\": [\"sm_90a\"]}";
-constexpr std::size_t kWORKSPACE_BYTES = 256; // the work counter of each of at most two launches
 constexpr double kLOG2_E = 1.4426950408889634;
 constexpr std::int64_t kL2_BYTES = 24'000'000; // K and V of the heads worked on together; half of an H100's L2
 constexpr std::int64_t kCAUSAL_HEADS = 4;      // and at most so many, see README.md
-
-thread_local std::string gLastError;
-
-bsa_status fail(bsa_status status, std::string words)
-{
-    gLastError = std::move(words);
-    return status;
-}
-
-bsa_status failCuda(Driver const& driver, char const* what, bsa::CudaResult code)
-{
-    char const* words = nullptr;
-    driver.cuGetErrorString(code, &words);
-    return fail(BSA_ERROR_CUDA, std::string(what) + ": " + (words != nullptr ? words : "unknown error"));
-}
 
 // Bits of the kernels' argument `given`; hopper_common.py has the same list.
 enum Given : std::int32_t
@@ -59,7 +35,7 @@ enum Given : std::int32_t
 };
 
 bool encode(Driver const& driver, TensorMap& map, void const* address, int dtype, std::int64_t const stride[3],
-    int batch, int heads, int sequence, int columns, int boxRows, int boxColumns, bsa::CudaResult& code)
+    int batch, int heads, int sequence, int columns, int boxRows, int boxColumns, CudaResult& code)
 {
     std::uint64_t const sizes[4] = {static_cast<std::uint64_t>(columns), static_cast<std::uint64_t>(sequence),
         static_cast<std::uint64_t>(heads), static_cast<std::uint64_t>(batch)};
@@ -71,10 +47,10 @@ bool encode(Driver const& driver, TensorMap& map, void const* address, int dtype
     std::uint64_t const strides[3] = {bytes(stride[2], sequence), bytes(stride[1], heads), bytes(stride[0], batch)};
     std::uint32_t const box[4] = {static_cast<std::uint32_t>(boxColumns), static_cast<std::uint32_t>(boxRows), 1, 1};
     std::uint32_t const ones[4] = {1, 1, 1, 1};
-    int const type = dtype == BSA_FLOAT16 ? bsa::kTENSOR_MAP_FLOAT16 : bsa::kTENSOR_MAP_BFLOAT16;
+    int const type = dtype == BSA_FLOAT16 ? kTENSOR_MAP_FLOAT16 : kTENSOR_MAP_BFLOAT16;
     code = driver.cuTensorMapEncodeTiled(&map, type, 4, const_cast<void*>(address), sizes, strides, box, ones, 0,
-        bsa::kTENSOR_MAP_SWIZZLE_128B, bsa::kTENSOR_MAP_L2_PROMOTION_256B, 0);
-    return code == bsa::kCUDA_SUCCESS;
+        kTENSOR_MAP_SWIZZLE_128B, kTENSOR_MAP_L2_PROMOTION_256B, 0);
+    return code == kCUDA_SUCCESS;
 }
 
 // The kernels' arguments in their order: four tensor maps, each followed by sizes and strides the kernels do not read,
@@ -118,10 +94,12 @@ private:
     std::int64_t mZero64{0};
 };
 
-bsa_status launchOne(Driver const& driver, bsa::Device& device, Kernel const& kernel, bsa_params const& p, int extra,
+} // namespace
+
+bsa_status launchKernel(Driver const& driver, Device& device, Kernel const& kernel, bsa_params const& p, Share share,
     std::uint32_t* counter, void* stream)
 {
-    bsa::CudaFunction function = nullptr;
+    CudaFunction function = nullptr;
     std::string why;
     if (!device.function(driver, kernel, function, why))
     {
@@ -129,7 +107,7 @@ bsa_status launchOne(Driver const& driver, bsa::Device& device, Kernel const& ke
     }
 
     TensorMap maps[4];
-    bsa::CudaResult code = bsa::kCUDA_SUCCESS;
+    CudaResult code = kCUDA_SUCCESS;
     // No keys at all: the maps still need an address. What is read through them is masked.
     int const keys = std::max(p.seq_k, 1);
     void const* const k = p.seq_k > 0 ? p.k : p.o;
@@ -165,7 +143,7 @@ bsa_status launchOne(Driver const& driver, bsa::Device& device, Kernel const& ke
         return fail(BSA_ERROR_UNSUPPORTED, "more than 2^31 blocks of query rows");
     }
 
-    std::int32_t given = extra;
+    std::int32_t given = share == Share::kALL ? 0 : share == Share::kDENSE ? kRUN_WHERE_DENSE : kRUN_WHERE_SPARSE;
     given |= p.kv_lengths != nullptr ? kKV_LENGTHS : 0;
     given |= p.q_start != nullptr ? kQ_START : 0;
     given |= p.q_lengths != nullptr ? kQ_LENGTHS : 0;
@@ -184,7 +162,7 @@ bsa_status launchOne(Driver const& driver, bsa::Device& device, Kernel const& ke
         // uneven work: the CTAs take items from a counter; even work is dealt out in turn and needs none
         given |= kCOUNTER;
         code = driver.cuMemsetD32Async(reinterpret_cast<std::uint64_t>(counter), 0, 1, stream);
-        if (code != bsa::kCUDA_SUCCESS)
+        if (code != kCUDA_SUCCESS)
         {
             return failCuda(driver, "cuMemsetD32Async", code);
         }
@@ -236,231 +214,7 @@ bsa_status launchOne(Driver const& driver, bsa::Device& device, Kernel const& ke
 
     code = driver.cuLaunchKernel(function, grid, 1, 1, static_cast<unsigned>(kernel.threads), 1, 1,
         static_cast<unsigned>(kernel.sharedBytes), stream, arguments.data(), nullptr);
-    return code == bsa::kCUDA_SUCCESS ? BSA_OK : failCuda(driver, kernel.name, code);
+    return code == kCUDA_SUCCESS ? BSA_OK : failCuda(driver, kernel.name, code);
 }
 
-bsa_status check(bsa_params const* params)
-{
-    if (params == nullptr)
-    {
-        return fail(BSA_ERROR_INVALID_ARGUMENT, "params is null");
-    }
-    if (params->struct_size != sizeof(bsa_params) || params->abi_version != BSA_ABI_VERSION)
-    {
-        return fail(BSA_ERROR_INVALID_ARGUMENT,
-            "params was not made for this library: struct_size " + std::to_string(params->struct_size) + ", abi_version "
-                + std::to_string(params->abi_version) + "; here they are " + std::to_string(sizeof(bsa_params)) + " and "
-                + std::to_string(BSA_ABI_VERSION));
-    }
-    std::string reason;
-    return bsa::validate(*params, reason) ? BSA_OK : fail(BSA_ERROR_INVALID_ARGUMENT, reason);
-}
-
-// The kernels of a call and the device it runs on.
-bsa_status resolve(bsa_params const& params, Choice& choice, Driver const*& driver, bsa::Device*& device)
-{
-    std::string reason;
-    if (!bsa::choose(params, choice, reason))
-    {
-        return fail(BSA_ERROR_UNSUPPORTED, reason);
-    }
-    char const* why = "";
-    driver = Driver::get(&why);
-    if (driver == nullptr)
-    {
-        return fail(BSA_ERROR_NO_DRIVER, why);
-    }
-    device = bsa::Device::current(*driver, reason);
-    if (device == nullptr)
-    {
-        return fail(BSA_ERROR_NO_DEVICE, reason);
-    }
-    if (!device->isHopper())
-    {
-        return fail(BSA_ERROR_UNSUPPORTED, "the current device has compute capability " + device->capability()
-                + "; this library was built for 9.0 (H100, H200)");
-    }
-    return BSA_OK;
-}
-
-bsa_status launch(bsa_params const& params, void* stream)
-{
-    Choice choice;
-    Driver const* driver = nullptr;
-    bsa::Device* device = nullptr;
-    if (bsa_status const status = resolve(params, choice, driver, device); status != BSA_OK)
-    {
-        return status;
-    }
-    if (params.counts != nullptr)
-    {
-        auto const code = driver->cuMemsetD32Async(
-            reinterpret_cast<std::uint64_t>(params.counts), 0, 2 * static_cast<std::size_t>(params.heads_q), stream);
-        if (code != bsa::kCUDA_SUCCESS)
-        {
-            return failCuda(*driver, "cuMemsetD32Async", code);
-        }
-    }
-    if (params.batch == 0 || params.seq_q == 0)
-    {
-        return BSA_OK;
-    }
-    if (params.workspace == nullptr || params.workspace_bytes < bsa_workspace_size(&params))
-    {
-        return fail(BSA_ERROR_WORKSPACE, "workspace has " + std::to_string(params.workspace_bytes) + " bytes, "
-                + std::to_string(bsa_workspace_size(&params)) + " are needed");
-    }
-    auto* counters = static_cast<std::uint32_t*>(params.workspace);
-    bool const both = choice.sparse != nullptr && choice.dense != nullptr;
-    bsa_status status = BSA_OK;
-    if (choice.sparse != nullptr)
-    {
-        status = launchOne(*driver, *device, *choice.sparse, params, both ? kRUN_WHERE_SPARSE : 0, counters, stream);
-    }
-    if (status == BSA_OK && choice.dense != nullptr)
-    {
-        status = launchOne(*driver, *device, *choice.dense, params, both ? kRUN_WHERE_DENSE : 0, counters + 32, stream);
-    }
-    return status;
-}
-
-template <typename Body>
-bsa_status guarded(Body const& body) noexcept
-{
-    try
-    {
-        return body();
-    }
-    catch (std::exception const& error)
-    {
-        return fail(BSA_ERROR_INTERNAL, error.what());
-    }
-    catch (...)
-    {
-        return BSA_ERROR_INTERNAL;
-    }
-}
-
-} // namespace
-
-extern "C" {
-
-void bsa_params_init(bsa_params* params)
-{
-    if (params == nullptr)
-    {
-        return;
-    }
-    std::memset(params, 0, sizeof(*params));
-    params->struct_size = sizeof(*params);
-    params->abi_version = BSA_ABI_VERSION;
-    params->dtype = BSA_BFLOAT16;
-    params->br = 128;
-    params->bc = 128;
-    params->scale = 1.0F;
-}
-
-bsa_status bsa_launch(bsa_params const* params, void* stream)
-{
-    return guarded([&] {
-        bsa_status const status = check(params);
-        return status == BSA_OK ? launch(*params, stream) : status;
-    });
-}
-
-bsa_status bsa_prepare(bsa_params const* params)
-{
-    return guarded([&]() -> bsa_status {
-        if (bsa_status const status = check(params); status != BSA_OK)
-        {
-            return status;
-        }
-        Choice choice;
-        Driver const* driver = nullptr;
-        bsa::Device* device = nullptr;
-        if (bsa_status const status = resolve(*params, choice, driver, device); status != BSA_OK)
-        {
-            return status;
-        }
-        for (Kernel const* kernel : {choice.sparse, choice.dense})
-        {
-            bsa::CudaFunction function = nullptr;
-            std::string why;
-            if (kernel != nullptr && !device->function(*driver, *kernel, function, why))
-            {
-                return fail(BSA_ERROR_CUDA, why);
-            }
-        }
-        return BSA_OK;
-    });
-}
-
-size_t bsa_workspace_size(bsa_params const* params)
-{
-    (void) params; // one size for every call, but a caller must not rely on it
-    return kWORKSPACE_BYTES;
-}
-
-int32_t bsa_supported(bsa_params const* params, char* reason, size_t reasonSize)
-{
-    std::string words;
-    bsa_status const status = guarded([&] {
-        bsa_status result = check(params);
-        Choice choice;
-        if (result != BSA_OK)
-        {
-            words = gLastError;
-        }
-        else if (!bsa::choose(*params, choice, words))
-        {
-            result = BSA_ERROR_UNSUPPORTED;
-        }
-        else
-        {
-            char const* why = "";
-            std::string none;
-            Driver const* driver = Driver::get(&why);
-            bsa::Device const* device = driver != nullptr ? bsa::Device::current(*driver, none) : nullptr;
-            if (device != nullptr && !device->isHopper())
-            {
-                words = "the current device has compute capability " + device->capability()
-                    + "; this library was built for 9.0 (H100, H200)";
-                result = BSA_ERROR_UNSUPPORTED;
-            }
-        }
-        return result;
-    });
-    if (reason != nullptr && reasonSize > 0)
-    {
-        std::snprintf(reason, reasonSize, "%s", words.c_str());
-    }
-    return status == BSA_OK ? 1 : 0;
-}
-
-char const* bsa_version(void)
-{
-    return kVERSION;
-}
-
-char const* bsa_status_string(bsa_status status)
-{
-    switch (status)
-    {
-    case BSA_OK: return "ok";
-    case BSA_ERROR_INVALID_ARGUMENT: return "invalid argument";
-    case BSA_ERROR_UNSUPPORTED: return "unsupported";
-    case BSA_ERROR_NO_DRIVER: return "no CUDA driver";
-    case BSA_ERROR_NO_DEVICE: return "no CUDA device";
-    case BSA_ERROR_WORKSPACE: return "workspace too small";
-    case BSA_ERROR_CUDA: return "CUDA error";
-    case BSA_ERROR_INTERNAL: return "internal error";
-    }
-    return "unknown status";
-}
-
-char const* bsa_last_error(void)
-{
-    return gLastError.c_str();
-}
-
-} // extern "C"
+} // namespace bsa

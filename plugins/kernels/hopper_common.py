@@ -1,9 +1,9 @@
 """What every warp of the Hopper prefill kernel shares: the call, the shared memory, and the way work is handed out.
 
-A CTA is persistent. Its producer warp takes work items (one batch entry, one query head, one block of query rows) from a
-counter in device memory, describes each to the consumer warpgroups and streams Q, K and V through shared memory with the
-copy engine (TMA); each consumer warpgroup owns 64 query rows. Barriers live across items, so the loads of the next item
-overlap the last products and the epilogue of the current one.
+A CTA is persistent. Its producer warps take work items (one batch entry, one query head, one block of query rows) from
+a counter in device memory, describe each to the consumer warpgroups and stream Q, K and V through shared memory with
+the copy engine (TMA); each consumer warpgroup owns 64 query rows. Barriers live across items, so the loads of the next
+item overlap the last products and the epilogue of the current one.
 """
 
 from triton.experimental import gluon
@@ -41,6 +41,18 @@ def arrive_warp(barrier):
         " bar.warp.sync 0xffffffff; @first mbarrier.arrive.shared::cta.b64 _, [$0]; }",
         ("r",), [barrier], (), is_pure=False,
     )  # fmt: skip
+
+
+@gluon.jit
+def ring_slot(tile, STAGES: gl.constexpr):
+    """Where the tile with this running number lies in a ring of STAGES, a power of two."""
+    return tile & (STAGES - 1)
+
+
+@gluon.jit
+def ring_phase(tile, STAGES: gl.constexpr):
+    """The phase in which the slot's barriers are then: 0 on the first time around, 1 on the second, 0 on the third."""
+    return (tile & STAGES) // STAGES
 
 
 @gluon.aggregate
@@ -147,8 +159,8 @@ class Shared:
     @gluon.jit
     def publish_item(self, sequence, more, item):
         """Describes the next item to the consumers; `more` 0 ends them."""
-        slot = sequence % 2
-        mbarrier.wait(self.item_free.index(slot), ((sequence // 2) & 1) ^ 1)
+        slot = ring_slot(sequence, 2)
+        mbarrier.wait(self.item_free.index(slot), ring_phase(sequence, 2) ^ 1)
         # one thread stores and arrives: the arrival releases its own stores
         gl.inline_asm(
             "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %tid.x; and.b32 lane, lane, 127;"
@@ -167,18 +179,19 @@ class Shared:
     @gluon.jit
     def receive_item(self, sequence):
         """Waits for the description of the next item; 0 if there is none."""
-        slot = sequence % 2
-        mbarrier.wait(self.item_full.index(slot), (sequence // 2) & 1)
+        slot = ring_slot(sequence, 2)
+        mbarrier.wait(self.item_full.index(slot), ring_phase(sequence, 2))
         return gl.inline_asm("ld.shared.b32 $0, [$1];", ("=r", "r"), [self.item.index(slot)], gl.int32, is_pure=False)
 
     @gluon.jit
     def read_item(self, sequence):
         """The item announced as `sequence`. Read again where it is needed again: that is cheaper than registers."""
         words = gl.inline_asm(
-            "ld.shared.b32 $0, [$9+4]; ld.shared.b32 $1, [$9+8]; ld.shared.b32 $2, [$9+12]; ld.shared.b32 $3, [$9+16];"
-            " ld.shared.b32 $4, [$9+20]; ld.shared.b32 $5, [$9+24]; ld.shared.b32 $6, [$9+28];"
-            " ld.shared.b32 $7, [$9+32]; ld.shared.f32 $8, [$9+36];",
-            ("=&r", "=&r", "=&r", "=&r", "=&r", "=&r", "=&r", "=&r", "=&f", "r"), [self.item.index(sequence % 2)],
+            "ld.shared.b32 $0, [$9+4]; ld.shared.b32 $1, [$9+8]; ld.shared.b32 $2, [$9+12];"
+            " ld.shared.b32 $3, [$9+16]; ld.shared.b32 $4, [$9+20]; ld.shared.b32 $5, [$9+24];"
+            " ld.shared.b32 $6, [$9+28]; ld.shared.b32 $7, [$9+32]; ld.shared.f32 $8, [$9+36];",
+            ("=&r", "=&r", "=&r", "=&r", "=&r", "=&r", "=&r", "=&r", "=&f", "r"),
+            [self.item.index(ring_slot(sequence, 2))],
             (gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.float32),
             is_pure=False,
         )  # fmt: skip
@@ -186,7 +199,7 @@ class Shared:
 
     @gluon.jit
     def release_item(self, sequence):
-        arrive_warp(self.item_free.index(sequence % 2))
+        arrive_warp(self.item_free.index(ring_slot(sequence, 2)))
 
 
 @gluon.jit
@@ -198,9 +211,8 @@ def log2_threshold(call, batch, kv_end):
     if call.has(HAS_THRESHOLD_SCALE):
         value = value * gl.load(call.threshold_scale)
     result = gl.to_tensor(ALWAYS_KEEP)
-    if value > 0:
-        if value < 1:
-            result = gl.log2(value)
+    if value > 0 and value < 1:
+        result = gl.log2(value)
     return result
 
 
@@ -232,9 +244,8 @@ def unpack_item(call, index):
     none = gl.to_tensor(0)
     item = Item(batch, head % call.heads_q, row0, q_end, q_start, kv_end, none, none, threshold)
     first = none
-    if call.GENERAL:
-        if call.window > 0:
-            first = gl.maximum(row0 + q_start - call.window + 1, 0) // call.COLUMNS
+    if call.GENERAL and call.window > 0:
+        first = gl.maximum(row0 + q_start - call.window + 1, 0) // call.COLUMNS
     end = gl.cdiv(item.visible_columns(call, gl.minimum(row0 + ROWS, q_end) - 1), call.COLUMNS)
     tiles = gl.where(row0 < q_end, gl.maximum(end - first, 1), 1)
     return Item(batch, head % call.heads_q, row0, q_end, q_start, kv_end, first, tiles, threshold)
@@ -266,8 +277,8 @@ def produce(call, shared):
             shared.publish_item(sequence, 1, item)
             kv_head = item.head // call.group
             for j in range(item.tiles):
-                slot = tile % call.STAGES
-                free = ((tile // call.STAGES) & 1) ^ 1
+                slot = ring_slot(tile, call.STAGES)
+                free = ring_phase(tile, call.STAGES) ^ 1
                 mbarrier.wait(shared.k_free.index(slot), free)
                 load_tile(call.k, item.batch, kv_head, (item.first + j) * call.COLUMNS, shared.k_full.index(slot),
                           shared.k.index(slot), call.COLUMNS, call.HEAD)  # fmt: skip
@@ -282,7 +293,7 @@ def produce(call, shared):
                 tile += 1
             sequence += 1
         if call.has(HAS_COUNTER):
-            index = gl.num_programs(0) + gl.atomic_add(call.counter, 1)
+            index = gl.num_programs(0) + gl.atomic_add(call.counter, 1, sem="relaxed")
         else:
             index += gl.num_programs(0)
     shared.publish_item(sequence, 0, unpack_item(call, gl.to_tensor(0)))

@@ -1,10 +1,10 @@
 """Dense schedule: the product of tile j with K and of tile j-1 with V are in flight together (FlashAttention-3).
 
-The softmax of tile j runs while the tensor cores compute P(j-1) V(j-1); the warpgroups take turns in issuing, so that one
-computes exponentials while the other's products run.
+The softmax of tile j runs while the tensor cores compute P(j-1) V(j-1); the warpgroups take turns in issuing, so that
+one computes exponentials while the other's products run.
 """
 
-from hopper_common import BLOCK_ROWS, arrive_warp
+from hopper_common import BLOCK_ROWS, arrive_warp, ring_phase, ring_slot
 from hopper_softmax import (
     add_counts,
     as_operand,
@@ -25,18 +25,18 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 
 @gluon.jit
-def _step(call, shared, item, visible, operand, acc, m, l, tile, j, turn, MASKED: gl.constexpr, GROUP: gl.constexpr,
+def _step(call, shared, item, visible, operand, acc, m, sums, tile, j, turn, MASKED: gl.constexpr, GROUP: gl.constexpr,
           DTYPE: gl.constexpr):  # fmt: skip
-    slot = tile % call.STAGES
-    before = (tile - 1) % call.STAGES
+    slot = ring_slot(tile, call.STAGES)
+    before = ring_slot(tile - 1, call.STAGES)
     zeros = gl.full([BLOCK_ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
-    mbarrier.wait(shared.k_full.index(slot), (tile // call.STAGES) & 1)
+    mbarrier.wait(shared.k_full.index(slot), ring_phase(tile, call.STAGES))
     mbarrier.wait(shared.turn.index(GROUP), (turn & 1) ^ (1 if GROUP == 0 else 0))
     scores_token = warpgroup_mma(shared.q.index(GROUP), shared.k.index(slot).permute((1, 0)), zeros, use_acc=False,
                                  is_async=True)  # fmt: skip
     EARLY: gl.constexpr = call.GROUPS == 2  # three warpgroups leave no registers for a second operand
     if not EARLY:
-        mbarrier.wait(shared.v_full.index(before), ((tile - 1) // call.STAGES) & 1)
+        mbarrier.wait(shared.v_full.index(before), ring_phase(tile - 1, call.STAGES))
     acc_token = warpgroup_mma(operand, shared.v.index(before), acc, is_async=True)
     arrive_warp(shared.turn.index((GROUP + 1) % call.GROUPS))
     scores = warpgroup_mma_wait(1, deps=(scores_token,))
@@ -44,18 +44,18 @@ def _step(call, shared, item, visible, operand, acc, m, l, tile, j, turn, MASKED
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
     tile_maximum = gl.max(scores, 1) * call.scale_log2
-    p, alpha, m, l = exponentials(scores, call.scale_log2, m, tile_maximum, l, call.COLUMNS)
+    p, alpha, m, sums = exponentials(scores, call.scale_log2, m, tile_maximum, sums, call.COLUMNS)
     if EARLY:
         following = as_operand(p, acc, DTYPE)
         # Waiting here for the V tile of the next step keeps the exponentials in front of the wait for the products:
         # without a branch between them ptxas moves the exponentials behind that wait, and nothing overlaps.
-        mbarrier.wait(shared.v_full.index(slot), (tile // call.STAGES) & 1)
+        mbarrier.wait(shared.v_full.index(slot), ring_phase(tile, call.STAGES))
         acc, operand, following = warpgroup_mma_wait(0, deps=(acc_token, operand, following))
     else:
         acc, operand = warpgroup_mma_wait(0, deps=(acc_token, operand))
         following = as_operand(p, acc, DTYPE)
     arrive_warp(shared.v_free.index(before))
-    return following, rescale(acc, alpha), m, l
+    return following, rescale(acc, alpha), m, sums
 
 
 @gluon.jit
@@ -73,10 +73,10 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q
         visible = item.visible_columns(call, rows)
         whole = item.visible_columns(call, first_row) // call.COLUMNS  # tiles that need no mask
 
-        slot = base % call.STAGES
+        slot = ring_slot(base, call.STAGES)
         zeros = gl.full([BLOCK_ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
         mbarrier.wait(shared.q_full.index(GROUP), sequence & 1)
-        mbarrier.wait(shared.k_full.index(slot), (base // call.STAGES) & 1)
+        mbarrier.wait(shared.k_full.index(slot), ring_phase(base, call.STAGES))
         token = warpgroup_mma(shared.q.index(GROUP), shared.k.index(slot).permute((1, 0)), zeros, use_acc=False,
                               is_async=True)  # fmt: skip
         scores = warpgroup_mma_wait(0, deps=(token,))
@@ -84,36 +84,36 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q
         if whole == 0:
             scores = hide_columns(scores, 0, visible, call.COLUMNS)
         tile_maximum = gl.max(scores, 1) * call.scale_log2
-        p, alpha, m, l = exponentials(scores, call.scale_log2, first_maximum(item, rows), tile_maximum,
+        p, _, m, sums = exponentials(scores, call.scale_log2, first_maximum(item, rows), tile_maximum,
                                       no_sums(call.COLUMNS), call.COLUMNS)  # fmt: skip
         acc = gl.full([BLOCK_ROWS, call.HEAD], 0.0, gl.float32, ACC)
         operand = as_operand(p, acc, DTYPE)
         if call.GROUPS == 2:
-            mbarrier.wait(shared.v_full.index(slot), (base // call.STAGES) & 1)
+            mbarrier.wait(shared.v_full.index(slot), ring_phase(base, call.STAGES))
 
         whole = gl.maximum(gl.minimum(whole, item.tiles), 1)
         for j in range(1, whole):
-            operand, acc, m, l = _step(call, shared, item, visible, operand, acc, m, l, base + j, j, turn, False, GROUP,
-                                       DTYPE)  # fmt: skip
+            operand, acc, m, sums = _step(call, shared, item, visible, operand, acc, m, sums, base + j, j, turn, False,
+                                          GROUP, DTYPE)  # fmt: skip
             turn += 1
         for j in range(whole, item.tiles):
-            operand, acc, m, l = _step(call, shared, item, visible, operand, acc, m, l, base + j, j, turn, True, GROUP,
-                                       DTYPE)  # fmt: skip
+            operand, acc, m, sums = _step(call, shared, item, visible, operand, acc, m, sums, base + j, j, turn, True,
+                                          GROUP, DTYPE)  # fmt: skip
             turn += 1
 
         if not O_IN_Q:
             arrive_warp(shared.q_free.index(GROUP))
         last = base + item.tiles - 1
-        slot = last % call.STAGES
+        slot = ring_slot(last, call.STAGES)
         if call.GROUPS != 2:
-            mbarrier.wait(shared.v_full.index(slot), (last // call.STAGES) & 1)
+            mbarrier.wait(shared.v_full.index(slot), ring_phase(last, call.STAGES))
         cleaned = clean_values(call, shared, item, slot, cleaned, GROUP)
         token = warpgroup_mma(operand, shared.v.index(slot), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(token,))
         arrive_warp(shared.v_free.index(slot))
 
         item = shared.read_item(sequence)
-        store_output(call, shared, item, acc, m, l, DTYPE, GROUP, O_IN_Q)
+        store_output(call, shared, item, acc, m, sums, DTYPE, GROUP, O_IN_Q)
         add_counts(call, item, 0, existing_tiles(call, item, GROUP), GROUP)
         shared.release_item(sequence)
         base += item.tiles

@@ -9,6 +9,8 @@ from hopper_common import (
     HAS_BOOL_BIAS,
     HAS_COUNTS,
     arrive_warp,
+    ring_phase,
+    ring_slot,
 )
 from hopper_skip import finish_scores, start_scores, use_tile
 from hopper_softmax import (
@@ -46,7 +48,7 @@ def _logits(call, item, scores, rows, visible, column0, DTYPE: gl.constexpr):
             attend = gl.load(call.bias_bool + offsets, mask=inside, other=0)
             scores = gl.where(attend != 0, scores, float("-inf"))
         else:
-            HIDDEN: gl.constexpr = -32752.0 if DTYPE == gl.float16 else -1.6947657e38  # finfo(dtype).min / 2
+            HIDDEN: gl.constexpr = -32752.0 if gl.float16 == DTYPE else -1.6947657e38  # finfo(dtype).min / 2
             bias = gl.load(call.bias + offsets, mask=inside, other=0.0).to(gl.float32)
             scores = gl.where(bias > HIDDEN, scores + bias * LOG2_E, float("-inf"))
     if call.window > 0:
@@ -68,14 +70,14 @@ def consume_general(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN
         visible = item.visible_columns(call, rows)
 
         m = first_maximum(item, rows)
-        l = no_sums(call.COLUMNS)
+        sums = no_sums(call.COLUMNS)
         acc = gl.full([BLOCK_ROWS, call.HEAD], 0.0, gl.float32, ACC)
         kept = 0
         exist = 0
         mbarrier.wait(shared.q_full.index(GROUP), sequence & 1)
         for j in range(item.tiles):
             tile = base + j
-            slot = tile % call.STAGES
+            slot = ring_slot(tile, call.STAGES)
             scores = finish_scores(call, shared, start_scores(call, shared, tile, GROUP), tile)
             scores = _logits(call, item, scores, rows, visible, (item.first + j) * call.COLUMNS, DTYPE)
             tile_maximum = gl.max(scores, 1)
@@ -87,16 +89,18 @@ def consume_general(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN
                 if call.JOINT:
                     sees = joint_vote(shared, sees, 2 * tile + 1, GROUP)
                 exist += sees
-            mbarrier.wait(shared.v_full.index(slot), (tile // call.STAGES) & 1)
+            mbarrier.wait(shared.v_full.index(slot), ring_phase(tile, call.STAGES))
             if j == item.tiles - 1:
                 cleaned = clean_values(call, shared, item, slot, cleaned, GROUP)
-            m, l, acc, kept = use_tile(call, shared, scores, 1.0, tile_maximum, keep, m, l, acc, kept, slot, DTYPE)
+            m, sums, acc, kept = use_tile(
+                call, shared, scores, 1.0, tile_maximum, keep, m, sums, acc, kept, slot, DTYPE
+            )
             arrive_warp(shared.v_free.index(slot))
 
         if not O_IN_Q:
             arrive_warp(shared.q_free.index(GROUP))
         item = shared.read_item(sequence)
-        store_output(call, shared, item, acc, m, l, DTYPE, GROUP, O_IN_Q)
+        store_output(call, shared, item, acc, m, sums, DTYPE, GROUP, O_IN_Q)
         add_counts(call, item, exist - kept, exist, GROUP)
         shared.release_item(sequence)
         base += item.tiles

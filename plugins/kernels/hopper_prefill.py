@@ -33,8 +33,8 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 @gluon.jit
 def prefill(
     q, k, v, o, kv_lengths, q_start, q_lengths, threshold_scale, sinks, counts, lse, counter, given, heads_q, group,
-    seq_q, seq_k, row_blocks, heads, section, scale_log2, threshold, threshold_factor, window, softcap_log2, softcap_rate,
-    bias, bias_bool, bias_batch, bias_head, bias_row, bias_column,
+    seq_q, seq_k, row_blocks, heads, section, scale_log2, threshold, threshold_factor, window, softcap_log2,
+    softcap_rate, bias, bias_bool, bias_batch, bias_head, bias_row, bias_column,
     DTYPE: gl.constexpr, HEAD: gl.constexpr, GROUPS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
     SCHEDULE: gl.constexpr, CAUSAL: gl.constexpr, JOINT: gl.constexpr, O_IN_Q: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
@@ -50,7 +50,7 @@ def prefill(
     WARPS: gl.constexpr = 4  # of a warpgroup
     WORDS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_tiles = gl.allocate_shared_memory(DTYPE, [GROUPS, BLOCK_ROWS, HEAD], LAYOUT)
-    if O_IN_Q:
+    if O_IN_Q:  # noqa: SIM108 (one branch must not even be compiled)
         o_tiles = q_tiles
     else:
         o_tiles = gl.allocate_shared_memory(DTYPE, [GROUPS, BLOCK_ROWS, HEAD], LAYOUT)

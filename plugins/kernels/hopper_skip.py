@@ -1,12 +1,12 @@
 """Skipping schedules: the product with K always, the softmax and the product with V only for tiles that are kept.
 
-`consume_skip` keeps the next tile's product with K in flight over the maximum, the vote and the branch; it is unrolled by
-two, so that the two score buffers never move between registers. `consume_plain` has no overlap inside a warpgroup and
-needs fewer registers: the other warpgroups fill the tensor cores. Both end every product inside its branch, because a
-product in flight across a merge of control flow makes ptxas serialise all of them.
+`consume_skip` keeps the next tile's product with K in flight over the maximum, the vote and the branch; it is unrolled
+by two, so that the two score buffers never move between registers. `consume_plain` has no overlap inside a warpgroup
+and needs fewer registers: the other warpgroups fill the tensor cores. Both end every product with V inside its branch,
+because one in flight across a merge of control flow makes ptxas serialise all of them.
 """
 
-from hopper_common import BLOCK_ROWS, arrive_warp
+from hopper_common import BLOCK_ROWS, arrive_warp, ring_phase, ring_slot
 from hopper_softmax import (
     add_counts,
     as_operand,
@@ -30,9 +30,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 @gluon.jit
 def start_scores(call, shared, tile, GROUP: gl.constexpr):
     """Issues Q K^T of a tile."""
-    slot = tile % call.STAGES
+    slot = ring_slot(tile, call.STAGES)
     zeros = gl.full([BLOCK_ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
-    mbarrier.wait(shared.k_full.index(slot), (tile // call.STAGES) & 1)
+    mbarrier.wait(shared.k_full.index(slot), ring_phase(tile, call.STAGES))
     return warpgroup_mma(shared.q.index(GROUP), shared.k.index(slot).permute((1, 0)), zeros, use_acc=False,
                          is_async=True)  # fmt: skip
 
@@ -40,24 +40,24 @@ def start_scores(call, shared, tile, GROUP: gl.constexpr):
 @gluon.jit
 def finish_scores(call, shared, token, tile):
     scores = warpgroup_mma_wait(0, deps=(token,))
-    arrive_warp(shared.k_free.index(tile % call.STAGES))
+    arrive_warp(shared.k_free.index(ring_slot(tile, call.STAGES)))
     return scores
 
 
 @gluon.jit
-def use_tile(call, shared, scores, scale, tile_maximum, keep, m, l, acc, kept, slot, DTYPE: gl.constexpr):
+def use_tile(call, shared, scores, scale, tile_maximum, keep, m, sums, acc, kept, slot, DTYPE: gl.constexpr):
     """Softmax and product with V, if the tile is kept."""
     if keep > 0:
-        p, alpha, m, l = exponentials(scores, scale, m, tile_maximum, l, call.COLUMNS)
+        p, alpha, m, sums = exponentials(scores, scale, m, tile_maximum, sums, call.COLUMNS)
         acc = rescale(acc, alpha)
         token = warpgroup_mma(as_operand(p, acc, DTYPE), shared.v.index(slot), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(token,))
         kept += 1
-    return m, l, acc, kept
+    return m, sums, acc, kept
 
 
 @gluon.jit
-def _step(call, shared, item, visible, scores, m, l, acc, kept, base, j, MASKED: gl.constexpr, GROUP: gl.constexpr,
+def _step(call, shared, item, visible, scores, m, sums, acc, kept, base, j, MASKED: gl.constexpr, GROUP: gl.constexpr,
           DTYPE: gl.constexpr):  # fmt: skip
     """Tile j, with the scores of tile j + 1 computed meanwhile."""
     tile = base + j
@@ -66,12 +66,14 @@ def _step(call, shared, item, visible, scores, m, l, acc, kept, base, j, MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
     tile_maximum = gl.max(scores, 1) * call.scale_log2
     keep = decide(call, shared, tile_maximum, m, item.log2_threshold, tile, GROUP)
-    slot = tile % call.STAGES
-    mbarrier.wait(shared.v_full.index(slot), (tile // call.STAGES) & 1)
-    m, l, acc, kept = use_tile(call, shared, scores, call.scale_log2, tile_maximum, keep, m, l, acc, kept, slot, DTYPE)
+    slot = ring_slot(tile, call.STAGES)
+    mbarrier.wait(shared.v_full.index(slot), ring_phase(tile, call.STAGES))
+    m, sums, acc, kept = use_tile(
+        call, shared, scores, call.scale_log2, tile_maximum, keep, m, sums, acc, kept, slot, DTYPE
+    )
     following = finish_scores(call, shared, token, tile + 1)
     arrive_warp(shared.v_free.index(slot))
-    return following, m, l, acc, kept
+    return following, m, sums, acc, kept
 
 
 @gluon.jit
@@ -90,34 +92,36 @@ def consume_skip(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q:
         whole = gl.minimum(whole, item.tiles - 1)  # the last tile has its own step
 
         m = first_maximum(item, rows)
-        l = no_sums(call.COLUMNS)
+        sums = no_sums(call.COLUMNS)
         acc = gl.full([BLOCK_ROWS, call.HEAD], 0.0, gl.float32, ACC)
         kept = 0
         mbarrier.wait(shared.q_full.index(GROUP), sequence & 1)
         scores = finish_scores(call, shared, start_scores(call, shared, base, GROUP), base)
         for pair in range(whole // 2):
-            odd, m, l, acc, kept = _step(call, shared, item, visible, scores, m, l, acc, kept, base, 2 * pair, False,
-                                         GROUP, DTYPE)  # fmt: skip
-            scores, m, l, acc, kept = _step(call, shared, item, visible, odd, m, l, acc, kept, base, 2 * pair + 1,
+            odd, m, sums, acc, kept = _step(call, shared, item, visible, scores, m, sums, acc, kept, base, 2 * pair,
+                                            False, GROUP, DTYPE)  # fmt: skip
+            scores, m, sums, acc, kept = _step(call, shared, item, visible, odd, m, sums, acc, kept, base, 2 * pair + 1,
                                             False, GROUP, DTYPE)  # fmt: skip
         for j in range(whole // 2 * 2, item.tiles - 1):
-            scores, m, l, acc, kept = _step(call, shared, item, visible, scores, m, l, acc, kept, base, j, True,
+            scores, m, sums, acc, kept = _step(call, shared, item, visible, scores, m, sums, acc, kept, base, j, True,
                                             GROUP, DTYPE)  # fmt: skip
 
         if not O_IN_Q:
             arrive_warp(shared.q_free.index(GROUP))
         last = base + item.tiles - 1
-        slot = last % call.STAGES
+        slot = ring_slot(last, call.STAGES)
         scores = hide_columns(scores, (item.tiles - 1) * call.COLUMNS, visible, call.COLUMNS)
         tile_maximum = gl.max(scores, 1) * call.scale_log2
         keep = decide(call, shared, tile_maximum, m, item.log2_threshold, last, GROUP)
-        mbarrier.wait(shared.v_full.index(slot), (last // call.STAGES) & 1)
+        mbarrier.wait(shared.v_full.index(slot), ring_phase(last, call.STAGES))
         cleaned = clean_values(call, shared, item, slot, cleaned, GROUP)
-        m, l, acc, kept = use_tile(call, shared, scores, call.scale_log2, tile_maximum, keep, m, l, acc, kept, slot, DTYPE)
+        m, sums, acc, kept = use_tile(
+            call, shared, scores, call.scale_log2, tile_maximum, keep, m, sums, acc, kept, slot, DTYPE
+        )
         arrive_warp(shared.v_free.index(slot))
 
         item = shared.read_item(sequence)
-        store_output(call, shared, item, acc, m, l, DTYPE, GROUP, O_IN_Q)
+        store_output(call, shared, item, acc, m, sums, DTYPE, GROUP, O_IN_Q)
         exist = existing_tiles(call, item, GROUP)
         add_counts(call, item, exist - kept, exist, GROUP)
         shared.release_item(sequence)
@@ -140,28 +144,30 @@ def consume_plain(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q
         whole = item.visible_columns(call, first_row) // call.COLUMNS
 
         m = first_maximum(item, rows)
-        l = no_sums(call.COLUMNS)
+        sums = no_sums(call.COLUMNS)
         acc = gl.full([BLOCK_ROWS, call.HEAD], 0.0, gl.float32, ACC)
         kept = 0
         mbarrier.wait(shared.q_full.index(GROUP), sequence & 1)
         for j in range(item.tiles):
             tile = base + j
-            slot = tile % call.STAGES
+            slot = ring_slot(tile, call.STAGES)
             scores = finish_scores(call, shared, start_scores(call, shared, tile, GROUP), tile)
             if j >= whole:
                 scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
             tile_maximum = gl.max(scores, 1) * call.scale_log2
             keep = decide(call, shared, tile_maximum, m, item.log2_threshold, tile, GROUP)
-            mbarrier.wait(shared.v_full.index(slot), (tile // call.STAGES) & 1)
+            mbarrier.wait(shared.v_full.index(slot), ring_phase(tile, call.STAGES))
             if j == item.tiles - 1:
                 cleaned = clean_values(call, shared, item, slot, cleaned, GROUP)
-            m, l, acc, kept = use_tile(call, shared, scores, call.scale_log2, tile_maximum, keep, m, l, acc, kept, slot, DTYPE)
+            m, sums, acc, kept = use_tile(
+                call, shared, scores, call.scale_log2, tile_maximum, keep, m, sums, acc, kept, slot, DTYPE
+            )
             arrive_warp(shared.v_free.index(slot))
 
         if not O_IN_Q:
             arrive_warp(shared.q_free.index(GROUP))
         item = shared.read_item(sequence)
-        store_output(call, shared, item, acc, m, l, DTYPE, GROUP, O_IN_Q)
+        store_output(call, shared, item, acc, m, sums, DTYPE, GROUP, O_IN_Q)
         exist = existing_tiles(call, item, GROUP)
         add_counts(call, item, exist - kept, exist, GROUP)
         shared.release_item(sequence)

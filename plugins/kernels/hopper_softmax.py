@@ -1,7 +1,7 @@
 """Pieces of the online softmax in registers: layouts, tile decisions, one update, the epilogue.
 
-Scores are kept in log2 units (scores * scale * log2(e)). A thread holds parts of two rows; row sums stay per thread until
-the epilogue, so that no shuffle is paid per tile for them.
+Scores are kept in log2 units (scores * scale * log2(e)). A thread holds parts of two rows; row sums stay per thread
+until the epilogue, so that no shuffle is paid per tile for them.
 """
 
 from hopper_common import (
@@ -14,6 +14,8 @@ from hopper_common import (
     TILE_COLUMNS,
     VOTE_SLOTS,
     arrive_warp,
+    ring_phase,
+    ring_slot,
 )
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -55,7 +57,7 @@ def joint_vote(shared, own, tile, GROUP: gl.constexpr):
     The own vote is published and, where it already says keep, nothing is waited for: the warpgroups fall into step only
     at tiles that are about to be skipped, where there is no work to stagger.
     """
-    slot = tile % VOTE_SLOTS
+    slot = ring_slot(tile, VOTE_SLOTS)
     gl.inline_asm(
         "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %tid.x; and.b32 lane, lane, 127;"
         " setp.eq.u32 first, lane, 0; @first st.shared.b32 [$0], $1;"
@@ -67,7 +69,7 @@ def joint_vote(shared, own, tile, GROUP: gl.constexpr):
     keep = own
     if own == 0:
         other = (1 - GROUP) * VOTE_SLOTS + slot
-        mbarrier.wait(shared.voted.index(other), (tile // VOTE_SLOTS) & 1)
+        mbarrier.wait(shared.voted.index(other), ring_phase(tile, VOTE_SLOTS))
         keep = gl.inline_asm("ld.shared.b32 $0, [$1];", ("=r", "r"), [shared.votes.index(other)], gl.int32,
                              is_pure=False)  # fmt: skip
     return keep
@@ -94,16 +96,16 @@ def no_sums(COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def exponentials(scores, scale, m, tile_maximum, l, COLUMNS: gl.constexpr):
-    """One online-softmax update: `(p, alpha, m, l)`, alpha being what the output must be multiplied with."""
+def exponentials(scores, scale, m, tile_maximum, sums, COLUMNS: gl.constexpr):
+    """One online-softmax update: `(p, alpha, m, sums)`, alpha being what the output must be multiplied with."""
     new_m = gl.maximum(m, tile_maximum)
     shift = gl.where(new_m == float("-inf"), 0.0, new_m)  # a row that has seen nothing: -inf - -inf would be NaN
     p = gl.exp2(scores * scale - shift[:, None])
     alpha = gl.exp2(m - shift)
-    sums = partial_sums(p, COLUMNS)
-    SUMS: gl.constexpr = sums.type.layout
-    l = l * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None] + sums
-    return p, alpha, new_m, l
+    part = partial_sums(p, COLUMNS)
+    SUMS: gl.constexpr = part.type.layout
+    sums = sums * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None] + part
+    return p, alpha, new_m, sums
 
 
 @gluon.jit
@@ -136,34 +138,33 @@ def first_maximum(item, rows):
 def clean_values(call, shared, item, slot, cleaned, GROUP: gl.constexpr):
     """Zeroes V of keys beyond kv_lengths in the item's last tile: they may hold NaN, and 0 * NaN is NaN.
 
-    The first warpgroup does it, the others wait. It may be an item ahead of them (items of one tile), hence two barriers
-    in turn. Returns the number of cleanings so far, from which barrier and phase follow.
+    The first warpgroup does it, the others wait. It may be an item ahead of them (items of one tile), hence two
+    barriers in turn. Returns the number of cleanings so far, from which barrier and phase follow.
     """
     end = item.kv_end - (item.first + item.tiles - 1) * call.COLUMNS
-    if end < call.COLUMNS:
-        if item.kv_end < call.seq_k:
-            if GROUP == 0:
-                CHUNK: gl.constexpr = 16
-                LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-                rows = gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT))
-                for c in gl.static_range(call.COLUMNS // CHUNK):
-                    if c * CHUNK + CHUNK > end:
-                        part = shared.v.index(slot).slice(c * CHUNK, CHUNK, dim=0)
-                        value = part.load(LAYOUT)
-                        part.store(gl.where((c * CHUNK + rows < end)[:, None], value, 0.0))
-                fence_async_shared()
-                arrive_warp(shared.v_clean.index(cleaned % 2))
-            mbarrier.wait(shared.v_clean.index(cleaned % 2), (cleaned // 2) & 1)
-            cleaned += 1
+    if end < call.COLUMNS and item.kv_end < call.seq_k:
+        if GROUP == 0:
+            CHUNK: gl.constexpr = 16
+            LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+            rows = gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT))
+            for c in gl.static_range(call.COLUMNS // CHUNK):
+                if c * CHUNK + CHUNK > end:
+                    part = shared.v.index(slot).slice(c * CHUNK, CHUNK, dim=0)
+                    value = part.load(LAYOUT)
+                    part.store(gl.where((c * CHUNK + rows < end)[:, None], value, 0.0))
+            fence_async_shared()
+            arrive_warp(shared.v_clean.index(ring_slot(cleaned, 2)))
+        mbarrier.wait(shared.v_clean.index(ring_slot(cleaned, 2)), ring_phase(cleaned, 2))
+        cleaned += 1
     return cleaned
 
 
 @gluon.jit
-def store_output(call, shared, item, acc, m, l, DTYPE: gl.constexpr, GROUP: gl.constexpr, O_IN_Q: gl.constexpr):
+def store_output(call, shared, item, acc, m, sums, DTYPE: gl.constexpr, GROUP: gl.constexpr, O_IN_Q: gl.constexpr):
     """Normalises and writes 64 rows; the copy engine clips what lies beyond the tensor."""
     ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     rows = item.row0 + GROUP * BLOCK_ROWS + gl.arange(0, BLOCK_ROWS, rows_layout(call.COLUMNS))
-    total = gl.convert_layout(gl.sum(l, 1), rows.type.layout)
+    total = gl.convert_layout(gl.sum(sums, 1), rows.type.layout)
     if call.has(HAS_LSE):
         value = gl.where(total > 0, (m + gl.log2(total)) * 0.6931471805599453, float("-inf"))
         place = (item.batch * call.heads_q + item.head).to(gl.int64) * call.seq_q
@@ -207,5 +208,5 @@ def existing_tiles(call, item, GROUP: gl.constexpr):
 def add_counts(call, item, skipped, exist, GROUP: gl.constexpr):
     if call.has(HAS_COUNTS):
         write = (exist > 0) & ((not call.JOINT) or GROUP == 0)
-        gl.atomic_add(call.counts + item.head * 2, skipped, mask=write)
-        gl.atomic_add(call.counts + item.head * 2 + 1, exist, mask=write)
+        gl.atomic_add(call.counts + item.head * 2, skipped, mask=write, sem="relaxed")
+        gl.atomic_add(call.counts + item.head * 2 + 1, exist, mask=write, sem="relaxed")

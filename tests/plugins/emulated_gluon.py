@@ -1,7 +1,7 @@
 """The part of Gluon's language that the Hopper kernels use, executed by PyTorch on a CPU.
 
-`load_kernels` imports the kernels' own sources with these modules in place of Triton's, so that what is tested is the very
-code that is compiled: its schedule, barriers, masks and decisions. Layouts and registers mean nothing here.
+`load_kernels` imports the kernels' own sources with these modules in place of Triton's, so that what is tested is the
+very code that is compiled: its schedule, barriers, masks and decisions. Layouts and registers mean nothing here.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def _store(pointer: Pointer, value: Any, mask: Any) -> None:
     pointer.memory[offset.as_subclass(torch.Tensor)] = value.as_subclass(torch.Tensor)
 
 
-def _atomic_add(pointer: Pointer, value: Any, mask: Any = True) -> Tile:
+def _atomic_add(pointer: Pointer, value: Any, mask: Any = True, sem: str = "relaxed") -> Tile:
     assert pointer.memory is not None
     before = pointer.memory[int(pointer.offset)].clone()
     if bool(mask):
@@ -242,7 +242,9 @@ def _allocate_mbarrier(batch: int) -> Barriers:
     return Barriers(batch)
 
 
-def _warp_specialize(roles: list[tuple[Callable[..., Any], tuple[Any, ...]]], warps: list[int], registers: list[int]) -> None:
+def _warp_specialize(
+    roles: list[tuple[Callable[..., Any], tuple[Any, ...]]], warps: list[int], registers: list[int]
+) -> None:
     assert len(warps) == len(registers) == len(roles) - 1
     MACHINE[0].local.roles.extend(functools.partial(function, *arguments) for function, arguments in roles)
 
@@ -264,8 +266,8 @@ def _layout(*parts: Any) -> None:
 
 def _language(program: Callable[[], int], programs: Callable[[], int]) -> types.ModuleType:
     gl = types.ModuleType("triton.experimental.gluon.language")
-    for name in ("NVMMASharedLayout", "SwizzledSharedLayout", "NVMMADistributedLayout", "SliceLayout", "DotOperandLayout",
-                 "BlockedLayout"):  # fmt: skip
+    layouts = "NVMMASharedLayout SwizzledSharedLayout NVMMADistributedLayout SliceLayout DotOperandLayout BlockedLayout"
+    for name in layouts.split():
         setattr(gl, name, _layout)
     gl.__dict__.update(
         constexpr=lambda value: value, tensor=Tile, shared_memory_descriptor=Shared, int32=torch.int32,
@@ -287,9 +289,7 @@ def load_kernels(program: Callable[[], int], programs: Callable[[], int]) -> Ite
     """The `prefill` kernel's own source over this emulation; other importers of Triton are not disturbed."""
     gl = _language(program, programs)
     gluon = types.ModuleType("triton.experimental.gluon")
-    gluon.__dict__.update(
-        jit=lambda f: f, constexpr_function=lambda f: f, aggregate=_aggregate, language=gl
-    )
+    gluon.__dict__.update(jit=lambda f: f, constexpr_function=lambda f: f, aggregate=_aggregate, language=gl)
     hopper = types.ModuleType("triton.experimental.gluon.language.nvidia.hopper")
     hopper.__dict__.update(
         mbarrier=SimpleNamespace(

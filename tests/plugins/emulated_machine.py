@@ -1,8 +1,8 @@
 """A Hopper SM in miniature, as far as the kernels can tell: warp roles, mbarriers, asynchronous copies and products.
 
-Every warp role is a thread, but only one runs at a time; at each synchronisation the next is drawn at random from a seed.
-Copies by the copy engine land at a random later moment, and what they will overwrite is poisoned when they are issued, so a
-wait that is missing or waits for the wrong phase shows as NaN, as a deadlock, or as an arrival too many.
+Every warp role is a thread, but only one runs at a time; at each synchronisation the next is drawn at random from a
+seed. Copies by the copy engine land at a random later moment, and what they will overwrite is poisoned when they are
+issued, so a wait that is missing or waits for the wrong phase shows as NaN, as a deadlock, or as an arrival too many.
 """
 
 from __future__ import annotations

@@ -74,7 +74,9 @@ def compile_library(folder: Path, libcuda: str = "") -> Path:
 
 def compile_driver(folder: Path) -> Path:
     path = folder / "libemulated_cuda.so"
-    subprocess.run(["gcc", "-O1", "-fPIC", "-shared", "-w", str(HERE / "emulated_driver.c"), "-o", str(path)], check=True)
+    subprocess.run(
+        ["gcc", "-O1", "-fPIC", "-shared", "-w", str(HERE / "emulated_driver.c"), "-o", str(path)], check=True
+    )
     return path
 
 

@@ -12,7 +12,7 @@ import pytest
 from emulation import PLUGINS, plugin_module
 
 TRITON = pytest.importorskip("triton", reason="the kernels are compiled by triton==3.9.0")
-SUBSET = r"bf16_d128_(dense|skip)_causal|fp16_d128_skip_64|bf16_d64_plain_64|bf16_d256_dense$"
+SUBSET = r"bf16_d128_(dense_causal|skip_causal_128)|fp16_d64_plain_64|fp16_d256_dense$"
 
 
 def test_every_combination_is_listed_once() -> None:
@@ -38,7 +38,9 @@ def test_arguments_are_in_the_order_of_the_kernel() -> None:
 
 
 def test_the_bits_of_given_are_the_same_in_python_and_c() -> None:
-    kernel = dict(re.findall(r"^(\w+) = gl\.constexpr\((\d+)\)", (PLUGINS / "kernels/hopper_common.py").read_text(), re.M))
+    kernel = dict(
+        re.findall(r"^(\w+) = gl\.constexpr\((\d+)\)", (PLUGINS / "kernels/hopper_common.py").read_text(), re.M)
+    )
     host = dict(re.findall(r"^    k(\w+) = (\d+),", (PLUGINS / "csrc/launch.cpp").read_text(), re.M))
     assert len(host) == 14
     for name, value in host.items():
@@ -49,7 +51,7 @@ def test_a_subset_compiles(tmp_path: Path) -> None:
     """At most 12 kernels; fails on spills beyond the list and on serialised products, as the whole build does."""
     command = [sys.executable, str(PLUGINS / "build_kernels.py"), "--only", SUBSET]
     listed = subprocess.run([*command, "--output", str(tmp_path), "--list"], capture_output=True, text=True, check=True)
-    assert 5 <= len(listed.stdout.split()) <= 12
+    assert 4 <= len(listed.stdout.split()) <= 12
     done = subprocess.run([*command, "--output", str(tmp_path), "--jobs", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -67,7 +69,9 @@ def test_the_build_refuses_spills(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     import dataclasses
 
     build = plugin_module("build_kernels")
-    spec = next(s for s in plugin_module("specifications").all_specialisations() if s.name.endswith("bf16_d128_general_64x128"))
+    spec = next(
+        s for s in plugin_module("specifications").all_specialisations() if s.name.endswith("bf16_d128_general_64x128")
+    )
     monkeypatch.delenv("BSA_ACCEPT_SPILLS", raising=False)
     with pytest.raises(build.BuildError, match="0 are accepted"):
         build.compile_kernel(dataclasses.replace(spec, spills=0), tmp_path)

@@ -66,7 +66,7 @@ def test_the_header_is_plain_c_and_python_packs_its_layout(tmp_path: Path) -> No
 def test_refusals_name_the_reason(emulation: Emulation, options: dict[str, object], words: str) -> None:
     refused = call(**options)
     assert words in emulation.library.refusal(refused)
-    with pytest.raises(native.KernelError, match="invalid|unsupported"):
+    with pytest.raises(native.KernelError, match=r"invalid|unsupported"):
         emulation.library.launch(refused, 0)
 
 
@@ -128,7 +128,9 @@ def test_without_a_driver_the_status_says_so(tmp_path: Path) -> None:
 
 
 def test_nothing_but_the_c_abi_is_exported(emulation: Emulation) -> None:
-    listing = subprocess.run(["nm", "-D", "--defined-only", str(emulation.library.path)], capture_output=True, text=True)
+    listing = subprocess.run(
+        ["nm", "-D", "--defined-only", str(emulation.library.path)], capture_output=True, text=True
+    )
     names = {line.split()[-1] for line in listing.stdout.splitlines() if " T " in line}
     assert names == {"bsa_params_init", "bsa_launch", "bsa_prepare", "bsa_workspace_size", "bsa_supported",
                      "bsa_version", "bsa_status_string", "bsa_last_error"}  # fmt: skip

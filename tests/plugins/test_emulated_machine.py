@@ -42,7 +42,9 @@ def test_reading_before_the_copy_has_landed_gives_nan() -> None:
         buffer, b = Shared(torch.zeros(8, 16)), barrier(1)
         source = Descriptor(torch.ones(1, 1, 8, 16), (8, 16))
 
-        def role(buffer: Shared = buffer, b: Barrier = b, source: Descriptor = source, machine: Machine = machine) -> None:
+        def role(
+            buffer: Shared = buffer, b: Barrier = b, source: Descriptor = source, machine: Machine = machine
+        ) -> None:
             b.expect(8 * 16 * 2)
             _async_load(source, [0, 0, 0, 0], b, buffer)
             machine.wait_until(lambda: True)  # not the barrier

@@ -1,7 +1,7 @@
 """The Hopper kernels' own source, executed over an emulated SM and driver, against the definition.
 
-Everything between the C ABI and the products is the real thing: the choice of kernel, tensor maps, argument list, schedule,
-barriers, masks, votes, counts. What is not: layouts, registers, the compiler, time.
+Everything between the C ABI and the products is the real thing: the choice of kernel, tensor maps, argument list,
+schedule, barriers, masks, votes, counts. What is not: layouts, registers, the compiler, time.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ def test_general(emulation: Emulation, what: str, br: int) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lam", [0.0, THRESHOLD])
 @pytest.mark.parametrize("softcap", [0.0, 60.0])
-def test_lengths_and_poisoned_padding(emulation: Emulation, size: int, causal: bool, lam: float, softcap: float) -> None:
+def test_lengths_and_poisoned_padding(
+    emulation: Emulation, size: int, causal: bool, lam: float, softcap: float
+) -> None:
     q, k, v = inputs(4, 2, 1, 200, 400, size)
     lengths = {"kv_lengths": [400, 257, 0, 77], "q_lengths": [200, 65, 100, 0], "q_start": [200, 192, 0, -30]}
     given = {name: torch.tensor(values, dtype=torch.int32) for name, values in lengths.items()}
@@ -110,7 +112,7 @@ def test_every_order_of_events_gives_the_same(emulation: Emulation, size: int, b
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("causal", [False, True])
 def test_threshold_from_device_memory(emulation: Emulation, size: int, causal: bool) -> None:
-    """λ = 0 at run time is the dense kernel, bit for bit; two kernels are enqueued and one of them finds nothing to do."""
+    """λ = 0 at run time is the dense kernel, bit for bit; of the two kernels enqueued one finds nothing to do."""
     q, k, v = inputs(2, 2, 1, 300, 600, size)
     dense = emulation.run(q, k, v, is_causal=causal)[0]
     skipping = emulation.run(q, k, v, is_causal=causal, threshold=THRESHOLD)[0]

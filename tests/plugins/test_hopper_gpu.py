@@ -108,8 +108,10 @@ def test_lengths_and_poisoned_padding(size: int, causal: bool, lam: float, gener
     for b, (keys, rows) in enumerate(zip(kv_lengths.tolist(), q_lengths.tolist(), strict=True)):
         k[b, :, keys:], v[b, :, keys:], q[b, :, rows:] = float("nan"), float("inf"), float("nan")
     clean = q.nan_to_num(0.0), k.nan_to_num(0.0), v.nan_to_num(0.0, 0.0, 0.0)
-    options = dict(is_causal=causal, kv_lengths=kv_lengths, q_lengths=q_lengths, q_start=q_start,
-                   softcap=100.0 if general else 0.0)  # fmt: skip
+    options: dict[str, Any] = {
+        "is_causal": causal, "kv_lengths": kv_lengths, "q_lengths": q_lengths, "q_start": q_start,
+        "softcap": 100.0 if general else 0.0,
+    }  # fmt: skip
     expected, tiles, bound = define(*clean, threshold=lam, **options)
     out, counts, lse = run(q, k, v, threshold=lam, **options)
     assert counts.tolist() == tiles.counts.tolist()
@@ -203,9 +205,10 @@ def test_tensors_of_more_than_two_to_the_31_elements() -> None:
 
 def test_graph_capture_and_the_op() -> None:
     import sparse_attention
-    import sparse_attention.cuda  # noqa: F401
+    import sparse_attention.cuda
 
     q, k, v = planted(1, 4, 4, 512, 1024, 128)
+
     def attend() -> Tensor:
         return sparse_attention.block_skip_attention(q, k, v, threshold=THRESHOLD)
 
