@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -95,8 +96,7 @@ def calibrate(
         if bench:
             cost = collecting_cost(loaded.model, chosen, every, told)
             told("timing", len(every), len(every))
-            result = {"texts": len(every), "tokens": length, "dense_seconds": cost.dense,
-                      "collecting_seconds": cost.collecting, "ratio": cost.ratio, "median_ratio": cost.median_ratio}  # fmt: skip
+            result = {**asdict(cost), "tokens": length, "ratio": cost.ratio, "median_ratio": cost.median_ratio}
             console.print(
                 f"collecting takes {cost.ratio:.3f} x the dense forward (median of texts {cost.median_ratio:.3f})"
             )
@@ -144,7 +144,12 @@ def on_device(source: str, dtype: str, device: str) -> LoadedModel:
     if device == "cuda":
         loaded.model.to("cuda")
     elif device == "auto":
-        from accelerate import dispatch_model, infer_auto_device_map
+        try:
+            from accelerate import dispatch_model, infer_auto_device_map
+        except ImportError:
+            raise MissingError(
+                "accelerate is not installed", where="--device auto", fix="pip install accelerate"
+            ) from None
 
         split = list(getattr(loaded.model, "_no_split_modules", None) or [])
         dispatch_model(loaded.model, infer_auto_device_map(loaded.model, no_split_module_classes=split))

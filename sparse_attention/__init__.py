@@ -1,6 +1,8 @@
 """Block-skip softmax attention in PyTorch: configuration, the op and its definition, sparsification, calibration."""
 
 from sparse_attention.attention import block_skip_attention
+from sparse_attention.calibrate import Calibration, calibrate
+from sparse_attention.checkpoint import load_checkpoint, save_checkpoint
 from sparse_attention.config import (
     FlashSkipSoftmaxConfig,
     SparseAttentionAttributeConfig,
@@ -9,6 +11,7 @@ from sparse_attention.config import (
 from sparse_attention.config_io import json_schema, load_config, save_config
 from sparse_attention.errors import SparseAttentionError
 from sparse_attention.layer import AttentionCall, AttentionLayer, layers_of, observed
+from sparse_attention.quality import Quality, quality
 from sparse_attention.reference import keep_tiles
 from sparse_attention.sparsify import (
     LayerSummary,
@@ -26,9 +29,11 @@ from sparse_attention.threshold import PhaseThreshold, Thresholds
 __all__ = [
     "AttentionCall",
     "AttentionLayer",
+    "Calibration",
     "FlashSkipSoftmaxConfig",
     "LayerSummary",
     "PhaseThreshold",
+    "Quality",
     "SparseAttentionAttributeConfig",
     "SparseAttentionConfig",
     "SparseAttentionError",
@@ -36,15 +41,19 @@ __all__ = [
     "TileCounts",
     "attention_modules",
     "block_skip_attention",
+    "calibrate",
     "disable",
     "enable",
     "json_schema",
     "keep_tiles",
     "layers_of",
+    "load_checkpoint",
     "load_config",
     "observed",
+    "quality",
     "reset_statistics",
     "restore",
+    "save_checkpoint",
     "save_config",
     "sparsify",
     "summary",

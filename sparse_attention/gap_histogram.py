@@ -28,7 +28,7 @@ MASS_UNIT = 2.0**-32
 
 
 def bins_of(gap: Tensor) -> Tensor:
-    """The bin of each gap, int64: how many edges lie at or below it, so that the bins up to i hold what is below edge i.
+    """The bin of each gap, int64: how many edges lie at or below it; the bins up to i hold what is below edge i.
 
     NaN is kept like 0: no λ skips it.
     """

@@ -26,6 +26,7 @@ from sparse_attention.layer import observed
 from sparse_attention.needle import Needle, ask
 from sparse_attention.quality_logits import Comparison, Predictions, total
 from sparse_attention.quality_mass import LayerMass, MassObserver
+from sparse_attention.quality_state import QualityState
 from sparse_attention.statistics import TileCounts, total_sparsity
 from sparse_attention.trial import shortened, tokens_of, trial
 
@@ -127,7 +128,7 @@ def quality(
         raise UsageError("nothing to measure", where="candidates", found="none", fix="give at least one configuration")
     first = next(iter(configs.values()))
     with trial(model, first, unit=unit) as layers:
-        kept = _State(state, fingerprint(model, layers, {"unit": unit}))
+        kept = QualityState(state, fingerprint(model, layers, {"unit": unit}))
         run = _Run(model, first, configs, unit, masses, kept, progress, _amount(by_length, needles, configs))
         for length, some in by_length.items():
             run.texts(length, some)
@@ -140,7 +141,7 @@ class _Run:
 
     def __init__(
         self, model: nn.Module, dense: SparseAttentionConfig, configs: Mapping[str, SparseAttentionConfig], unit: str,
-        masses: bool, state: _State, progress: Progress | None, amount: int,
+        masses: bool, state: QualityState, progress: Progress | None, amount: int,
     ) -> None:  # fmt: skip
         self.model, self.configs, self.unit, self.state = model, configs, unit, state
         self.dense, self.masses = dense, masses
@@ -242,48 +243,6 @@ class _Run:
         self.done += 1
         if self.progress is not None:
             self.progress(what, self.done, self.amount)
-
-
-class _State:
-    """Finished pieces by key, in memory and in a file where one is named."""
-
-    def __init__(self, path: Path | str | None, how: str) -> None:
-        self._path = None if path is None else Path(path)
-        self._content: dict[str, Any] = {"how": how, "pieces": {}}
-        if self._path is not None and self._path.exists():
-            self._content = self._read(self._path, how)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._content["pieces"]
-
-    def __getitem__(self, key: str) -> dict[str, Any]:
-        piece: dict[str, Any] = self._content["pieces"][key]
-        return piece
-
-    def __setitem__(self, key: str, piece: dict[str, Any]) -> None:
-        self._content["pieces"][key] = piece
-        if self._path is not None:
-            draft = self._path.with_name(self._path.name + ".part")
-            draft.write_text(json.dumps(self._content), encoding="utf-8")
-            draft.replace(self._path)
-
-    @staticmethod
-    def _read(path: Path, how: str) -> dict[str, Any]:
-        try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            before, _ = content["how"], content["pieces"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise UsageError(
-                "the state file cannot be read", where=str(path), found=str(error), fix="delete it to start over"
-            ) from None
-        if before != how:
-            raise UsageError(
-                "the state file belongs to another run",
-                where=str(path),
-                found="another model, tiles or unit",
-                fix="delete it to start over, or name another file",
-            )
-        return content
 
 
 def _by_length(

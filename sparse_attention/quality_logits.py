@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from sparse_attention.errors import ModelError
 from sparse_attention.trial import Batch, forward
@@ -57,8 +56,8 @@ class Predictions:
             )
         base: nn.Module = getattr(model, "base_model", model)
         head: nn.Module | None = None
-        if isinstance(model, PreTrainedModel):
-            head = model.get_output_embeddings()
+        if callable(embeddings := getattr(model, "get_output_embeddings", None)):
+            head = embeddings()
         if head is None or base is model:
             return
         hidden = forward(base, ids[:1, :8], use_cache=False).last_hidden_state

@@ -2,7 +2,6 @@
 
 import math
 
-import accelerate
 import pytest
 import torch
 from attention_models import tiny
@@ -195,6 +194,7 @@ def test_a_state_file_of_another_run_is_refused(model, texts, tmp_path):
 
 
 def test_models_spread_over_devices(texts):
+    accelerate = pytest.importorskip("accelerate", reason="device_map needs the package accelerate")
     model, spread = peaky_llama(layers=2), peaky_llama(layers=2)
     places = dict.fromkeys(("model", "lm_head"), "cpu")
     accelerate.dispatch_model(spread, places, force_hooks=True)  # hooks move all a module is given, as between GPUs
