@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from export.engine.inputs import example_inputs
 from export.engine.load import load_engine
+from export.engine.model import read_model
 from export.engine.run import EngineRunner
+from export.engine.sidecar import Sidecar
 from sparse_attention.errors import UsageError
 
 Arrays = Mapping[str, np.ndarray]
@@ -56,14 +59,17 @@ class EngineCheck:
 
 
 def check_engine(
-    path: Path, against: Path | Reference, inputs: Mapping[str, Arrays], *, plugin: Path | None = None
+    path: Path, against: Path | Reference, inputs: Mapping[str, Arrays] | None = None, *, plugin: Path | None = None
 ) -> EngineCheck:
     """Runs the engine and what it is compared with on the same inputs, given per profile.
 
-    `against` is an exported `.onnx`, run by ONNX Runtime, or anything callable. Raises MissingError where the engine
-    cannot run here, UsageError where the two have no output in common.
+    `against` is an exported `.onnx`, run by ONNX Runtime, or anything callable. Without `inputs` an `.onnx` is run on
+    examples at the best shapes of every profile. Raises MissingError where the engine cannot run here, UsageError where
+    inputs are needed or the two have no output in common.
     """
     loaded = load_engine(path, plugin=plugin)
+    if inputs is None:
+        inputs = _inputs_of(path, loaded.sidecar, against)
     reference = against if callable(against) else onnx_reference(against)
     checks: list[OutputCheck] = []
     milliseconds: dict[str, float] = {}
@@ -81,6 +87,18 @@ def check_engine(
         checks += [compare(profile, name, found[name], expected[name]) for name in common]
         milliseconds[profile] = runner.milliseconds(tensors)
     return EngineCheck(tuple(checks), milliseconds)
+
+
+def _inputs_of(path: Path, sidecar: Sidecar, against: Path | Reference) -> dict[str, Arrays]:
+    if callable(against):
+        raise UsageError(
+            "A function says nothing of its inputs.", where=str(path), fix="Give the inputs, by profile and name."
+        )
+    tensors = read_model(against).inputs
+    return {
+        profile: example_inputs(tensors, {name: shapes[1] for name, shapes in recorded.items()})
+        for profile, recorded in sidecar.profiles.items()
+    }
 
 
 def compare(profile: str, name: str, found: torch.Tensor, expected: np.ndarray) -> OutputCheck:

@@ -23,6 +23,7 @@ class EngineRunner:
             )
         self._loaded = loaded
         self._stream = torch.cuda.Stream()
+        self._nowhere = torch.empty(256, dtype=torch.uint8, device="cuda")
         self._context = loaded.engine.create_execution_context()
         if self._context is None:
             raise explain(loaded.logger.errors, "TensorRT could not make an execution context.", profile)
@@ -37,14 +38,15 @@ class EngineRunner:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs for inputs by name; both CUDA tensors. Raises UsageError for a shape outside the profile."""
-        held = {name: tensor.contiguous() for name, tensor in inputs.items()}
+        # Kept until the next call: TensorRT only has the addresses.
+        self._held = held = {name: tensor.contiguous() for name, tensor in inputs.items()}
         for name, tensor in held.items():
             if not self._context.set_input_shape(name, tuple(tensor.shape)):
                 raise UsageError(
                     "An input's shape lies outside the engine's profile.", where=f"input {name}",
                     found=str(list(tensor.shape)), fix="Build the engine with wider --shapes.",
                 )  # fmt: skip
-            self._context.set_tensor_address(name, tensor.data_ptr())
+            self._set_address(name, tensor)
         outputs = self._allocate_outputs()
         self._stream.wait_stream(torch.cuda.current_stream())
         if not self._context.execute_async_v3(self._stream.cuda_stream):
@@ -73,5 +75,9 @@ class EngineRunner:
             if engine.get_tensor_mode(name) == mode.OUTPUT:
                 shape = tuple(self._context.get_tensor_shape(name))
                 outputs[name] = torch.empty(shape, dtype=self._types[engine.get_tensor_dtype(name)], device="cuda")
-                self._context.set_tensor_address(name, outputs[name].data_ptr())
+                self._set_address(name, outputs[name])
         return outputs
+
+    def _set_address(self, name: str, tensor: Tensor) -> None:
+        # TensorRT wants an address for an empty tensor (a cache of no keys), where PyTorch has none.
+        self._context.set_tensor_address(name, tensor.data_ptr() or self._nowhere.data_ptr())

@@ -94,10 +94,11 @@ def read_cases(plan: Path) -> Iterator[Case]:
 
 def compare(folder: Path, case: Case, device: str) -> Result:
     """Runs the definition on the case's inputs and judges what the host wrote."""
-    given = {name: case.read(folder, name).to(device) for name in case.tensors if name not in case.outputs}
+    names = [name for name in case.tensors if name not in case.outputs]
+    given: dict[str, Any] = {name: case.read(folder, name).to(device) for name in names}
     has = case.attributes
     thresholds = Thresholds.from_attributes(has)
-    settings = {name: has[name] for name in ("br", "bc", "scale", "softcap", "window", "unit")}
+    settings: dict[str, Any] = {name: has[name] for name in ("br", "bc", "scale", "softcap", "window", "unit")}
     expected, tiles = attention(**given, threshold=thresholds, is_causal=bool(has["is_causal"]), **settings)
     out = case.read(folder, "o").to(device)
     error = float((out.float() - expected).abs().nan_to_num(nan=float("inf")).amax() / given["v"].float().abs().amax())

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 
 from export import op
+from export.engine.inputs import example_inputs
 from export.engine.model import ExportedModel, is_attention, read_model
 from export.engine.prepare import LOWEST, OUTPUTS_ATTRIBUTE, prepare
 from export.engine.shapes import Range, evaluate
@@ -82,8 +83,8 @@ def run_model(
         at: list[Arrays] = []
         for which in ("min", "opt", "max"):
             sizes = {name: getattr(r, which) for name, r in ranges.items()}
-            feed = {t.name: _input(t.name, t.elem_type, [evaluate(d, sizes) for d in t.dims or ()])
-                    for t in model.inputs}  # fmt: skip
+            shapes = {t.name: [evaluate(d, sizes) for d in t.dims or ()] for t in model.inputs}
+            feed = example_inputs(model.inputs, shapes)
             if which == "opt":
                 feed |= {n: v for n, v in given.items() if n in feed and v.shape == feed[n].shape}
             at.append(constants | feed | dict(zip(names, session.run(names, feed), strict=True)))
@@ -93,20 +94,6 @@ def run_model(
 
 def _read_by_op(proto: onnx.ModelProto, name: str) -> bool:
     return any(name in node.input for node in proto.graph.node if is_attention(node))
-
-
-def _input(name: str, elem_type: int, shape: Sequence[int]) -> np.ndarray:
-    """Deterministic inputs by what their names say: positions count up, masks are full, ids are varied."""
-    dtype = helper.tensor_dtype_to_np_dtype(elem_type)
-    if np.issubdtype(dtype, np.integer):
-        if "position" in name:
-            return np.broadcast_to(np.arange(shape[-1], dtype=dtype), shape).copy()
-        if "mask" in name:
-            return np.ones(shape, dtype)
-        return np.random.default_rng(0).integers(0, 1000, shape).astype(dtype)
-    if elem_type == TensorProto.BOOL or name == "threshold_scale":
-        return np.ones(shape, dtype)
-    return np.random.default_rng(0).standard_normal(shape).astype(dtype)
 
 
 def _as_prepared(value: np.ndarray, q: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import subprocess
@@ -9,6 +10,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = "libblockskip_tensorrt.so"
@@ -38,3 +43,37 @@ def load_host_script(name: str) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+WORKSPACE = 1 << 16
+
+
+def enqueue_emulated(
+    emulation: Any,
+    build: Path,
+    plan: Path,
+    node: str,
+    profile: str,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+) -> None:
+    """Walks one profile of one node of a plan through the plugin and enqueues it on the emulated GPU.
+
+    Raises AssertionError with the reason of a failed step, and what the emulation raised.
+    """
+    library = ctypes.CDLL(str(build / "libblockskip_plugin_walk_c.so"))
+    workspace = torch.full((WORKSPACE,), 255, dtype=torch.uint8)
+    reason = ctypes.create_string_buffer(1024)
+    emulation.seed, emulation.launched, emulation._error = 0, [], None
+
+    def pointers(tensors: Sequence[Tensor]) -> Any:
+        return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+
+    failed = library.blockskipWalkEnqueue(
+        str(build / LIBRARY).encode(), str(plan).encode(), node.encode(), profile.encode(), pointers(inputs),
+        pointers(outputs), ctypes.c_void_p(workspace.data_ptr()), ctypes.c_size_t(WORKSPACE), None, reason,
+        ctypes.c_size_t(len(reason)),
+    )  # fmt: skip
+    if emulation._error is not None:
+        raise emulation._error
+    assert not failed, reason.value.decode()

@@ -6,7 +6,6 @@ definition. Streams, graphs and time need a GPU: `plugins/host` runs the same wa
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from emulation import Emulation
 from planted import THRESHOLD, planted
 from tensorrt_models import attention_model
-from tensorrt_support import load_host_script, load_write_plan
+from tensorrt_support import enqueue_emulated, load_host_script, load_write_plan
 from torch import Tensor
 
 from export import op
@@ -25,15 +24,12 @@ from sparse_attention.reference import attention
 HEADS, KV_HEADS, SIZE = 4, 2, 64
 TOLERANCE = 3e-3
 """Absolute, float16 outputs of magnitude up to 4: that of the kernels' own tests."""
-WORKSPACE = 1 << 16
-
 Enqueue = Callable[..., tuple[Tensor, Tensor]]
 
 
 @pytest.fixture
 def enqueue(emulation: Emulation, plugin_build: Path, tmp_path: Path) -> Enqueue:
     """Runs one node of an exported model by the plugin; returns o and counts, both poisoned before."""
-    library = ctypes.CDLL(str(plugin_build / "libblockskip_plugin_walk_c.so"))
 
     def run(tensors: Mapping[str, Tensor], **attributes: Any) -> tuple[Tensor, Tensor]:
         q, k = tensors["q"], tensors["k"]
@@ -44,18 +40,8 @@ def enqueue(emulation: Emulation, plugin_build: Path, tmp_path: Path) -> Enqueue
         _, plan, _ = load_write_plan().plan_for(model, tmp_path, [profile], inputs={}, data=True)
         o = torch.full((*q.shape[:3], tensors["v"].shape[3]), float("nan"), dtype=q.dtype)
         counts = torch.full((HEADS, 2), -1, dtype=torch.int32)
-        workspace = torch.full((WORKSPACE,), 255, dtype=torch.uint8)
-        reason = ctypes.create_string_buffer(1024)
-        emulation.seed, emulation.launched, emulation._error = 0, [], None
-        failed = library.blockskipWalkEnqueue(
-            str(plugin_build / "libblockskip_tensorrt.so").encode(), str(plan).encode(), b"layer0", b"only",
-            (ctypes.c_void_p * len(inputs))(*[tensors[name].data_ptr() for name in inputs]),
-            (ctypes.c_void_p * 2)(o.data_ptr(), counts.data_ptr()),
-            ctypes.c_void_p(workspace.data_ptr()), ctypes.c_size_t(WORKSPACE), None, reason, ctypes.c_size_t(1024),
-        )  # fmt: skip
-        if emulation._error is not None:
-            raise emulation._error
-        assert not failed, reason.value.decode()
+        given = [tensors[name] for name in inputs]
+        enqueue_emulated(emulation, plugin_build, plan, "layer0", "only", given, [o, counts])
         return o, counts
 
     return run

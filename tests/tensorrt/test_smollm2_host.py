@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from tensorrt_support import load_write_plan, run_process
+import torch
+from emulation import Emulation
+from tensorrt_support import enqueue_emulated, load_host_script, load_write_plan, run_process
 
 from export.engine.model import read_model
 from export.engine.shapes import make_profiles, parse_shapes
 from export.models import load_model
 from export.pipeline import ExportOptions, export_onnx
+from export.samples import token_ids
 from export.smollm2 import fetch_smollm2
 from sparse_attention.errors import MissingError
 
+TEXT = 300
+"""Tokens: three by three tiles, of which six exist."""
 LAYERS, HEADS, KV_HEADS, SIZE = 30, 9, 3, 64
 PROFILES = (
     "prefill:batch=1,sequence=2/128/200,past=0,total=2/128/200",
@@ -29,8 +35,12 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except MissingError as error:
         pytest.skip(str(error))
     path = Path(tmp_path_factory.mktemp("smollm2")) / "smollm2.onnx"
-    model = load_model(str(weights), dtype="float16").model
-    export_onnx(model, "skip_softmax_demo", path, options=ExportOptions(kv_cache=True, counts=True, tunable=True))
+    loaded = load_model(str(weights), dtype="float16")
+    export_onnx(
+        loaded.model, "skip_softmax_demo", path, options=ExportOptions(kv_cache=True, counts=True, tunable=True)
+    )
+    ids = token_ids(loaded.tokenizer, TEXT, 0)
+    np.save(path.with_suffix(".npy"), ids.numpy())
     return path
 
 
@@ -47,6 +57,28 @@ def test_every_node_at_prefill_and_decode(host: Path, plugin_library: Path, smol
     assert f"input q half min 1,{HEADS},2,{SIZE} opt 1,{HEADS},128,{SIZE}" in text
     assert f"input k half min 1,{KV_HEADS},2,{SIZE} opt 1,{KV_HEADS},129,{SIZE}" in text, "K and V are not expanded"
     assert f"output counts int32 min {HEADS},2" in text
+
+
+@pytest.mark.model
+def test_every_layer_computes_what_pytorch_does(
+    emulation: Emulation, plugin_build: Path, smollm2: Path, tmp_path: Path
+) -> None:
+    """Each layer's own q, k, v of a real text, through the plugin, the kernels' source run on an emulated GPU."""
+    ids = np.load(smollm2.with_suffix(".npy"))
+    profile = f"prefill:batch=1,sequence={TEXT},past=0,total={TEXT}"
+    _, plan, _ = load_write_plan().plan_for(smollm2, tmp_path, [profile], inputs={"input_ids": ids}, data=True)
+    script = load_host_script("compare")
+    results = []
+    for case in script.read_cases(plan):
+        inputs = [case.read(tmp_path, name) for name in case.tensors if name not in case.outputs]
+        o, counts = (torch.full(s, -1, dtype=t) for t, s in (case.tensors[name] for name in case.outputs))
+        enqueue_emulated(emulation, plugin_build, plan, case.node, case.profile, inputs, [o, counts])
+        for name, output in zip(case.outputs, (o, counts), strict=True):
+            (tmp_path / f"{case.node}.{case.profile}.{name}.bin").write_bytes(output.numpy().tobytes())
+        results.append(script.compare(tmp_path, case, "cpu"))
+    assert len(results) == LAYERS
+    assert [r.case.node for r in results if not r.passed] == []
+    assert sum(r.found[0] for r in results) > 0, "a text that skips nothing tests nothing"
 
 
 @pytest.mark.model
