@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_attention.cpu import block_skip_attention_cpu
+from sparse_attention.cuda import block_skip_attention_cuda
 from sparse_attention.errors import UsageError
 from sparse_attention.statistics import TileCounts
 from sparse_attention.threshold import PhaseThreshold, Thresholds
@@ -50,6 +51,7 @@ def _cpu(
 
 
 LIBRARY.impl("block_skip_attention", _cpu, "CPU")
+LIBRARY.impl("block_skip_attention", block_skip_attention_cuda, "CUDA")
 
 
 def _no_gradient(context: object, *gradients: object) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sparse_attention import native
-from sparse_attention.attention import LIBRARY
 from sparse_attention.errors import SparseAttentionError
 from sparse_attention.reference import attention
 from sparse_attention.threshold import PhaseThreshold, Thresholds
@@ -126,6 +125,3 @@ def _warn_once(reason: str) -> None:
         f"block_skip_attention computes by its definition in PyTorch, slowly and with the whole score matrix: {reason}",
         stacklevel=2,
     )
-
-
-LIBRARY.impl("block_skip_attention", block_skip_attention_cuda, "CUDA")

@@ -205,7 +205,6 @@ def test_tensors_of_more_than_two_to_the_31_elements() -> None:
 
 def test_graph_capture_and_the_op() -> None:
     import sparse_attention
-    import sparse_attention.cuda
 
     q, k, v = planted(1, 4, 4, 512, 1024, 128)
 
