@@ -28,12 +28,15 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from the smallest set of this mass.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the drawing.")] = 0,
     chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens of one call; bounds the memory.")] = CHUNK,
+    threshold_scale: Annotated[
+        float, typer.Option(min=0, help="Multiplies every λ of a --tunable file; 0 = dense.")
+    ] = 1.0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not stop at the end-of-text token.")] = False,
     as_json: Json = False,
 ) -> None:
     """Continue a text with an exported graph in ONNX Runtime, streaming it to the terminal."""
     texts = _texts(prompt, prompt_file)
-    generator = Generator(file, counts=as_json)
+    generator = Generator(file, counts=as_json, threshold_scale=threshold_scale)
     tokenizer = load_tokenizer(file)
     if chat:
         texts = [

@@ -67,19 +67,24 @@ class Generator:
     Args:
         path: a file that `export --kv-cache` or `--static-cache` wrote.
         counts: count tiles, for `Generation.sparsity`; a graph without the `tile_counts` output gets it in memory.
+        threshold_scale: multiplies every λ (0 = dense); other than 1 needs a graph exported with `--tunable`.
 
     Raises:
         MissingError, ModelError: where the file cannot be read or holds no block-skip attention.
-        UsageError: where it has no cache.
+        UsageError: where it has no cache, or cannot be tuned.
     """
 
-    def __init__(self, path: Path, *, counts: bool = False) -> None:
+    def __init__(self, path: Path, *, counts: bool = False, threshold_scale: float = 1.0) -> None:
         graph = read_graph(path)
         names = [value.name or "" for value in graph.graph.inputs]
         if not any(name.startswith("past_key_values.") for name in names):
             raise UsageError("the file has no KV cache, so it cannot generate", where=str(path),
                              fix="export the model again with --kv-cache")  # fmt: skip
+        if threshold_scale != 1 and "threshold_scale" not in names:
+            raise UsageError("the file's thresholds are fixed", where=str(path), found=f"scale {threshold_scale:g}",
+                             fix="export the model again with --tunable")  # fmt: skip
         self.path = path
+        self._scale = np.full(1, threshold_scale, np.float32)
         self.static = int((metadata(graph, "signature") or {}).get("static_cache", 0))
         self.positions = _positions(path)
         self._counted = counts
@@ -177,7 +182,7 @@ class Generator:
         """One call on `ids [B, S]`, after which `ends [B]` tokens are valid; gives the logits `[B, S, vocabulary]`."""
         feed = {"input_ids": ids, **cache.feed(ids.shape[1], ends, self.takes_mask)}
         if "threshold_scale" in self._inputs:
-            feed["threshold_scale"] = np.ones(1, np.float32)
+            feed["threshold_scale"] = self._scale
         out = dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, _ort_values(feed)), strict=True))
         cache.keep(out, ends)
         if self._counted:
