@@ -53,6 +53,18 @@ def block_skip_attention_cuda(
                 )  # fmt: skip
             if result is not None:
                 return result
+    return block_skip_attention_by_definition(
+        q, k, v, bias, kv_lengths, q_start, q_lengths, sinks, threshold_scale, br=br, bc=bc, is_causal=is_causal,
+        scale=scale, softcap=softcap, window=window, unit=unit, **thresholds,
+    )  # fmt: skip
+
+
+def block_skip_attention_by_definition(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, kv_lengths: Tensor | None, q_start: Tensor | None,
+    q_lengths: Tensor | None, sinks: Tensor | None, threshold_scale: Tensor | None, *, br: int, bc: int,
+    is_causal: bool, scale: float, softcap: float, window: int, unit: str, **thresholds: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The op on any device as `sparse_attention.reference` computes it: the whole score matrix, nothing compiled."""
     out, tiles = attention(
         q, k, v, threshold=Thresholds.from_attributes(thresholds), br=br, bc=bc, is_causal=is_causal, scale=scale,
         softcap=softcap, bias=bias, window=window, kv_lengths=kv_lengths, q_start=q_start, q_lengths=q_lengths,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_attention.attention import OP
+from sparse_attention.cuda import block_skip_attention_by_definition
 from sparse_attention.patterns import ResolvedAttention
 from sparse_attention.statistics import LayerStatistics, phase_of
 from sparse_attention.threshold import Thresholds
@@ -72,7 +73,9 @@ class AttentionLayer:
         """Attention of one call, `[B, Hq, Sq, Dv]`."""
         if self.substitute is not None:
             return self.substitute(self, call)
-        out, counts = OP(
+        # On a GPU the backend is a choice: "pytorch" is the definition, "cuda" the compiled kernels. A CPU has one.
+        by_definition = call.q.is_cuda and self.settings.backend == "pytorch" and not torch.compiler.is_compiling()
+        out, counts = (block_skip_attention_by_definition if by_definition else OP)(
             call.q, call.k, call.v, call.bias, call.kv_lengths, call.q_start, call.q_lengths, call.sinks,
             self.threshold_scale, br=self.settings.br, bc=self.settings.bc, is_causal=call.is_causal, scale=call.scale,
             softcap=call.softcap, window=call.window, unit=self.unit, **self.thresholds.attributes(),
