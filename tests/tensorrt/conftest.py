@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from tensorrt_support import HOST, LIBRARY, ROOT, Run, run_process
 
 sys.path.append(str(ROOT / "tests" / "plugins"))  # the emulation of the kernels, which their own tests are made of
@@ -22,37 +23,48 @@ from emulation import Emulation
 
 
 @pytest.fixture(scope="session")
-def emulation_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(tmp_path_factory.mktemp("emulation"))
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers of a run: what takes long is made once, under a lock."""
+    base = Path(tmp_path_factory.getbasetemp())
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tensorrt"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def emulation(emulation_folder: Path) -> Emulation:
-    """The kernels over an emulated driver; whatever opens that driver in this process launches into it."""
-    if shutil.which("g++") is None:
-        pytest.skip("no C++ compiler: install g++")
-    return Emulation(emulation_folder)
-
-
-@pytest.fixture(scope="session")
-def plugin_build(emulation: Emulation, emulation_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def plugin_build(shared_folder: Path) -> Path:
     """Folder with plugin and host, built by their CMake files with the emulation's kernels."""
     for module, wheel in (("kernel_lens", "kernel-lens==2.0.1"), ("triton", "triton==3.9.0")):
         if importlib.util.find_spec(module) is None and "TENSORRT_ROOT" not in os.environ:
             pytest.skip(f"no headers: pip install {wheel}, or set TENSORRT_ROOT and CUDA_HOME")
-    if shutil.which("cmake") is None:
-        pytest.skip("no cmake: pip install cmake")
-    folder = Path(tmp_path_factory.mktemp("plugin_build"))
-    configure = [
-        "cmake", "-S", ROOT / "tests/tensorrt/emulated_build", "-B", folder, "-DCMAKE_BUILD_TYPE=Debug",
-        f"-DGENERATED={emulation_folder}", f"-DLIBCUDA={emulation_folder / 'libemulated_cuda.so'}",
-        f"-DPython3_EXECUTABLE={sys.executable}",
-    ]  # fmt: skip
-    targets = ["blockskip_tensorrt", "blockskip_plugin_host", "blockskip_plugin_walk_c"]
-    for command in (configure, ["cmake", "--build", folder, "--parallel", "2", "--target", *targets]):
-        result = run_process(command)
-        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    return folder
+    for program in ("g++", "gcc", "cmake"):
+        if shutil.which(program) is None:
+            pytest.skip(f"no {program}: install a C++ compiler and cmake")
+    build = shared_folder / "build"
+    with FileLock(shared_folder / "build.lock"):
+        if not (shared_folder / "built").exists():
+            driver = emulation_module.compile_driver(shared_folder)
+            emulation_module.compile_library(shared_folder, str(driver))
+            configure = [
+                "cmake", "-S", ROOT / "tests/tensorrt/emulated_build", "-B", build, "-DCMAKE_BUILD_TYPE=Debug",
+                f"-DGENERATED={shared_folder}", f"-DLIBCUDA={driver}", f"-DPython3_EXECUTABLE={sys.executable}",
+            ]  # fmt: skip
+            targets = ["blockskip_tensorrt", "blockskip_plugin_host", "blockskip_plugin_walk_c"]
+            for command in (configure, ["cmake", "--build", build, "--parallel", "2", "--target", *targets]):
+                result = run_process(command)
+                assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+            (shared_folder / "built").touch()
+    return build
+
+
+@pytest.fixture(scope="session")
+def emulation(plugin_build: Path, shared_folder: Path) -> Emulation:
+    """The kernels over the emulated driver that the plugin was built for: launches of this process run their source."""
+    with pytest.MonkeyPatch.context() as patch:  # both are compiled already, and may be in use by another worker
+        driver, library = shared_folder / "libemulated_cuda.so", shared_folder / native.LIBRARY_NAME
+        patch.setattr(emulation_module, "compile_driver", lambda folder: driver)
+        patch.setattr(emulation_module, "compile_library", lambda folder, libcuda: library)
+        return Emulation(shared_folder)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from emulation import Emulation
+from filelock import FileLock
 from tensorrt_support import enqueue_emulated, load_host_script, load_write_plan, run_process
 
 from export.engine.model import read_model
@@ -28,19 +29,21 @@ PROFILES = (
 )
 
 
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    try:
-        weights = fetch_smollm2()
-    except MissingError as error:
-        pytest.skip(str(error))
-    path = Path(tmp_path_factory.mktemp("smollm2")) / "smollm2.onnx"
-    loaded = load_model(str(weights), dtype="float16")
-    export_onnx(
-        loaded.model, "skip_softmax_demo", path, options=ExportOptions(kv_cache=True, counts=True, tunable=True)
-    )
-    ids = token_ids(loaded.tokenizer, TEXT, 0)
-    np.save(path.with_suffix(".npy"), ids.numpy())
+@pytest.fixture(scope="session")
+def smollm2(shared_folder: Path) -> Path:
+    """The exported model, float16 with a cache, counts and a tunable threshold; beside it the tokens of a text."""
+    path = shared_folder / "smollm2" / "model.onnx"
+    with FileLock(shared_folder / "smollm2.lock"):
+        if not path.exists():
+            try:
+                weights = fetch_smollm2()
+            except MissingError as error:
+                pytest.skip(str(error))
+            loaded = load_model(str(weights), dtype="float16")
+            path.parent.mkdir()
+            np.save(path.with_suffix(".npy"), token_ids(loaded.tokenizer, TEXT, 0).numpy())
+            options = ExportOptions(kv_cache=True, counts=True, tunable=True)
+            export_onnx(loaded.model, "skip_softmax_demo", path, options=options)
     return path
 
 
