@@ -17,8 +17,11 @@ import pytest
 from filelock import FileLock
 from tensorrt_support import HOST, LIBRARY, ROOT, Run, run_process
 
+from sparse_attention import native
+
 sys.path.append(str(ROOT / "tests" / "plugins"))  # the emulation of the kernels, which their own tests are made of
 
+import emulation as emulation_module
 from emulation import Emulation
 
 
