@@ -72,7 +72,7 @@ def define(
 ) -> Definition:
     """Block-skip softmax attention by its definition; `lowest` is the least number of the additive bias's dtype."""
     batch, heads, rows, size = q.shape
-    kv_heads, columns, group = k.shape[1], k.shape[2], heads // k.shape[1]
+    columns, group = k.shape[2], heads // k.shape[1]
     scale = 1.0 / math.sqrt(size) if scale is None else scale
     br = 1 if rows == 1 else br
     tile_rows, tile_columns = math.ceil(rows / br), math.ceil(columns / bc)
@@ -111,7 +111,7 @@ def define(
                 for c in range(tile_columns):
                     inside = [s for s in scores[b, h, i, c * bc : (c + 1) * bc] if s > -math.inf]
                     of_tile = max(inside, default=-math.inf)
-                    before, running = running, max(running, of_tile)
+                    running = max(running, of_tile)
                     if running == -math.inf:
                         continue  # sees nothing up to here: no vote
                     gap[b, h, i // br, c] = max(gap[b, h, i // br, c], of_tile - running)

@@ -320,8 +320,8 @@ def test_decode_has_its_own_threshold_and_one_row_a_tile() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "columns", "br", "bc"),
-    [(64, 64, 8, 8), (64, 64, 16, 4), (64, 64, 4, 16), (5, 64, 8, 8), (5, 64, 2, 16), (64, 17, 8, 8), (113, 203, 16, 32),
-     (7, 7, 3, 5), (64, 200, 64, 8)],
+    [(64, 64, 8, 8), (64, 64, 16, 4), (64, 64, 4, 16), (5, 64, 8, 8), (5, 64, 2, 16), (64, 17, 8, 8),
+     (113, 203, 16, 32), (7, 7, 3, 5), (64, 200, 64, 8)],
 )  # fmt: skip
 def test_counting_of_causal_tiles(rows: int, columns: int, br: int, bc: int) -> None:
     """The lower triangle, aligned at the lower right, whatever the shapes: counted row by row here."""
