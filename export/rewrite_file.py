@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
+import onnx.version_converter
 import onnx_ir as ir
 
 from export.rewrite import AttentionSite, RewriteReport, find_attention, rewrite_attention
 from sparse_attention.config import SparseAttentionConfig
 from sparse_attention.errors import MissingError, ModelError
 from sparse_attention.patterns import AttentionModule, ResolvedAttention, resolve
+
+_OLDEST = 18
 
 
 def read_onnx(path: Path) -> ir.Model:
@@ -32,7 +36,22 @@ def read_onnx(path: Path) -> ir.Model:
         if isinstance(tensor, ir.ExternalTensor) and not Path(tensor.path).is_file():
             raise MissingError("the file with the weights is not there", where=str(path), found=str(tensor.location),
                                fix="put it beside the .onnx, under the name it was exported with")  # fmt: skip
+    if model.graph.opset_imports.get("", _OLDEST) < _OLDEST:
+        model = _converted(path)
+    for number, node in enumerate(model.graph):
+        node.name = node.name or f"{node.op_type}_{number}"  # patterns and reports need one
     return model
+
+
+def _converted(path: Path) -> ir.Model:
+    """The file in the oldest opset that the function body is written in; onnx's own converter, weights in memory."""
+    try:
+        return ir.from_proto(onnx.version_converter.convert_version(onnx.load(path), _OLDEST))
+    except (RuntimeError, onnx.version_converter.ConvertError) as error:
+        raise ModelError(
+            f"the file is older than opset {_OLDEST} and cannot be converted", where=str(path),
+            found=str(error).strip().splitlines()[0], fix=f"export it again with opset {_OLDEST} or later",
+        ) from error  # fmt: skip
 
 
 def rewrite(
@@ -41,13 +60,13 @@ def rewrite(
     """Rewrites the attentions that `config` matches, in place; also gives every attention's settings by name.
 
     Patterns match the names and classes of the PyTorch modules around an attention where the file tells them, else the
-    name of its node.
+    name of its node and the class `Attention`.
 
     Raises:
         ModelError: where the graph holds no attention, or none that is matched can be rewritten.
     """
     sites = find_attention(model)
-    settings = resolve(config, [AttentionModule(site.module, site.class_name) for site in sites])
+    settings = resolve(config, [AttentionModule(site.module, site.class_name or "Attention") for site in sites])
     report = rewrite_attention(model, _by_module(settings), unit=unit, dry_run=dry_run)
     if not report.rewritten:
         reasons = {left.reason for left in report.left}
