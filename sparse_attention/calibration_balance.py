@@ -24,7 +24,7 @@ _EXACT = 0.002
 _OPTIONS_PER_UNIT = 32
 _WEIGHTS = (1.0, 10.0, 100.0, 1e3, 1e4)
 """Of the penalty on lengths that miss the target, rising."""
-_STEPS = 3000
+_STEPS = 1000
 
 
 def balance(
@@ -83,7 +83,7 @@ def _at_best_prices(sparsity: Array, mass: Array, target: float) -> NDArray[np.i
         worst = float(np.abs(missing).max())
         if worst < least:
             best, least = choice, worst
-        price = price + missing * (0.5 / (1.0 + 0.1 * step))
+        price = price + missing * (0.5 / (1.0 + 0.3 * step))
     return best
 
 

@@ -66,7 +66,7 @@ class GapCollector:
         """What was counted so far, in main memory."""
         return {
             phase: GapHistogram(
-                sums.lengths, sums.sequences.clone(), {name: gaps.to_cpu() for name, gaps in sums.layers.items()}
+                sums.lengths, sums.sequences.clone(), {name: gaps.to("cpu") for name, gaps in sums.layers.items()}
             )
             for phase, sums in self._sums.items()
         }
@@ -109,7 +109,10 @@ class GapCollector:
         layers = self._sums[phase].layers
         if layer.name not in layers:
             layers[layer.name] = LayerGaps.empty(len(self._lengths), call.q.shape[1], cumulative, call.q.device)
-        return layers[layer.name]
+        gaps = layers[layer.name]
+        if gaps.tiles.device != call.q.device:  # what an earlier run had counted comes from a file
+            gaps = layers[layer.name] = gaps.to(call.q.device)
+        return gaps
 
     def _count_sequences(self, call: AttentionCall) -> None:
         lengths = [call.k.shape[2]] * call.q.shape[0] if call.kv_lengths is None else call.kv_lengths.tolist()

@@ -86,9 +86,9 @@ class LayerGaps:
         per_head.scatter_add_(1, index.transpose(0, 1).flatten(1), exists.transpose(0, 1).flatten(1).to(torch.int64))
         self.rows[segment] += rows
 
-    def to_cpu(self) -> LayerGaps:
-        """The same counts in main memory."""
-        return LayerGaps(self.tiles.cpu(), self.mass.cpu(), self.rows.cpu(), self.cumulative)
+    def to(self, device: torch.device | str) -> LayerGaps:
+        """The same counts on a device."""
+        return LayerGaps(self.tiles.to(device), self.mass.to(device), self.rows.to(device), self.cumulative)
 
     def __iadd__(self, other: LayerGaps) -> LayerGaps:
         self.tiles += other.tiles.to(self.tiles.device)
