@@ -172,7 +172,19 @@ def _features(nodes: list[ir.Node], inputs: list[dict[str, ir.Value]], counts: b
         group=units == {"group"},
         bool_bias=any("bias" in one and one["bias"].dtype == ir.DataType.BOOL for one in inputs),
         counts=counts,
+        heads=_shared(inputs, "q", 1),
+        kv_heads=_shared(inputs, "k", 1),
+        size=_shared(inputs, "q", 3),
+        v_size=_shared(inputs, "v", 3),
     )
+
+
+def _shared(inputs: list[dict[str, ir.Value]], name: str, axis: int) -> int | None:
+    """The dimension that this input has in every node; None where it differs or is dynamic."""
+    shapes = [one[name].shape for one in inputs]
+    sizes = {shape[axis] if shape is not None else None for shape in shapes}
+    size = sizes.pop()
+    return size if not sizes and isinstance(size, int) else None
 
 
 def _complete(graph: ir.Graph, node: ir.Node, inputs: dict[str, ir.Value], features: Features) -> ir.Node:
