@@ -148,6 +148,7 @@ class _Sizes:
         self.kv_heads = body.dimension(inputs["k"], 1, features.kv_heads)
         self.size = body.dimension(inputs["q"], 3, features.size)
         self.rows, self.columns = body.dimension(inputs["q"], 2), body.dimension(inputs["k"], 2)
+        self.row = body.Range(0, body.Squeeze(self.rows), 1)
         self.column = body.Range(0, body.Squeeze(self.columns), 1)
         self.bc = body.Reshape(body.attribute("bc"), [1])
         self.is_decode = body.Equal(self.rows, 1)
@@ -175,10 +176,7 @@ class _Sizes:
 
     def repeat_rows(self, values: ir.Value) -> ir.Value:
         """`[B, Hq, R, C]` to `[B, Hq, Sq, C]`: what holds for a tile row holds for each of its rows."""
-        body = self.body
-        each = body.Expand(body.Unsqueeze(values, [3]), body.shape([1, 1, 1], self.br, [1]))
-        rows = body.Reshape(each, body.shape([0], self.heads, [-1], body.dimension(values, 3)))
-        return body.Slice(rows, [0], self.rows, [2])
+        return self.body.Gather(values, self.body.Div(self.row, self.br), axis=2)
 
 
 def _widened(body: _Body, features: Features, value: ir.Value) -> ir.Value:
@@ -217,7 +215,7 @@ def _visible_by_position(body: _Body, features: Features, inputs: dict[str, ir.V
     """
     conditions = []
     limit: ir.Value | None = None
-    row = body.Unsqueeze(body.Range(0, body.Squeeze(sizes.rows), 1), [1])
+    row = body.Unsqueeze(sizes.row, [1])
     if features.causal or features.window:
         start = sizes.per_batch("q_start") if "q_start" in inputs else body.Sub(sizes.columns, sizes.rows)
         position = body.Add(row, start)
