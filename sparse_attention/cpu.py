@@ -71,8 +71,9 @@ def block_skip_attention_cpu(
 class _TileRow:
     """One batch element's keys and values, against which tile rows of queries are computed one after another.
 
-    K and V are filled up to whole tiles; what lies beyond `length` is never read. Scores and weights of all tile rows
-    go through the same two buffers: fresh memory for each would cost more than the arithmetic.
+    K and V are filled up to whole tiles; what lies beyond `length` is never read. The scores of all tile rows go
+    through the same buffer, those of kept tiles through a second: fresh memory for each would cost more than the
+    arithmetic.
     """
 
     def __init__(
@@ -84,9 +85,10 @@ class _TileRow:
         self.bc, self.group = bc, group
         self.is_causal, self.scale, self.softcap, self.window = is_causal, scale, softcap, window
         self.length, self.start, self.log_threshold, self.joint = length, start, log_threshold, joint
+        self._beyond: dict[tuple[int, int, int], Tensor] = {}
         of_one_kv_head = group * br * self.k.shape[1]
         self.at_once = max(1, min(len(k), _SCORES_AT_ONCE // max(of_one_kv_head, 1)))
-        self.scores, self.weights = torch.empty(2, self.at_once * of_one_kv_head)
+        self.scores, self.kept_scores = torch.empty(2, self.at_once * of_one_kv_head)
 
     def __call__(self, q: Tensor, first: int, bias: Tensor | None, counts: Tensor, out: Tensor) -> None:
         """One tile row: `q [Hq, rows, D] float32` from query row `first` on; adds to `counts`, fills `out`."""
@@ -104,8 +106,7 @@ class _TileRow:
             scores = self._scores(q[heads], k, first, begin, some_bias)
             skipped = self._decide(scores, sees_all, counts[heads])
             if skipped is None:
-                weights = self.weights[: scores.numel()].view_as(scores)
-                _softmax_product(scores, v, sinks, sees_all, weights, out[heads])
+                out[heads] = _softmax_product(scores, v, sinks, sees_all)
             else:
                 self._kept_product(scores, v, sinks, sees_all, ~skipped, out[heads])
 
@@ -142,17 +143,26 @@ class _TileRow:
                 visible = bias > torch.finfo(bias.dtype).min / 2
                 scores[..., :seen].add_(bias)
             scores[..., :seen].masked_fill_(~visible, NEGATIVE_INFINITY)
-        scores[..., max(self.length - begin, 0) :] = NEGATIVE_INFINITY
-        position = torch.arange(first + self.start, first + self.start + rows).unsqueeze(-1)
+        if begin + columns > self.length:
+            scores[..., max(self.length - begin, 0) :] = NEGATIVE_INFINITY
+        position = first + self.start - begin  # of the first row, among these columns
         if self.is_causal:  # only columns beyond the first row's own position can be hidden
-            diagonal = min(max(first + self.start + 1 - begin, 0), columns)
-            column = torch.arange(begin + diagonal, begin + columns)
-            scores[..., diagonal:].masked_fill_(column > position, NEGATIVE_INFINITY)
+            diagonal = min(max(position + 1, 0), columns)
+            hidden = self._columns_beyond(position - diagonal, rows, columns - diagonal)
+            scores[..., diagonal:].masked_fill_(hidden, NEGATIVE_INFINITY)
         if self.window:
-            leaving = min(max(first + rows + self.start - self.window - begin, 0), columns)
-            column = torch.arange(begin, begin + leaving)
-            scores[..., :leaving].masked_fill_(column <= position - self.window, NEGATIVE_INFINITY)
+            leaving = min(max(position + rows - self.window, 0), columns)
+            hidden = ~self._columns_beyond(position - self.window, rows, leaving)
+            scores[..., :leaving].masked_fill_(hidden, NEGATIVE_INFINITY)
         return scores
+
+    def _columns_beyond(self, position: int, rows: int, columns: int) -> Tensor:
+        """`[rows, columns] bool`: the column lies behind `position + row`; the same for nearly every tile row."""
+        key = position, rows, columns
+        if key not in self._beyond:
+            row, column = torch.arange(rows).unsqueeze(-1), torch.arange(columns)
+            self._beyond = {key: column > position + row}
+        return self._beyond[key]
 
     def _decide(self, scores: Tensor, sees_all: bool, counts: Tensor) -> Tensor | None:
         """The skipped tiles `[heads, C] bool`, or None where every head keeps all."""
@@ -184,35 +194,47 @@ class _TileRow:
         """Each head's `out [rows, Dv]` from its kept tiles only, which are gathered first."""
         rows = scores.shape[1]
         tiles, values = scores.unflatten(-1, (-1, self.bc)), v.unflatten(1, (-1, self.bc))
-        of_head = kept.nonzero()[:, 1].split(kept.sum(-1).tolist())
-        for head, index in enumerate(of_head):
-            gathered = self.weights[: rows * len(index) * self.bc].view(rows, len(index), self.bc)
-            torch.index_select(tiles[head], 1, index, out=gathered)
-            value = values[head // self.group].index_select(0, index).flatten(0, 1)
-            sink = None if sinks is None else sinks[head : head + 1]
-            of_this = scores[head].view(-1)[: gathered.numel()].view(1, rows, -1)  # its scores are not needed any more
-            _softmax_product(gathered.view(1, rows, -1), value[None], sink, sees_all, of_this, out[head : head + 1])
+        for kv_head, heads, index in self._alike(kept):
+            gathered = self.kept_scores[: len(heads) * rows * len(index) * self.bc].view(len(heads), rows, -1, self.bc)
+            if len(heads) == self.group:
+                torch.index_select(tiles[heads[0] : heads[-1] + 1], 2, index, out=gathered)
+            else:
+                for place, head in enumerate(heads):
+                    torch.index_select(tiles[head], 1, index, out=gathered[place])
+            value = values[kv_head].index_select(0, index).flatten(0, 1)[None]
+            sink = None if sinks is None else sinks[heads]
+            product = _softmax_product(gathered.flatten(2), value, sink, sees_all)
+            for place, head in enumerate(heads):
+                out[head] = product[place]
+
+    def _alike(self, kept: Tensor) -> list[tuple[int, list[int], Tensor]]:
+        """Heads that share keys and keep the same tiles: (K/V head, heads, tiles); they are rows of one product."""
+        found: dict[tuple[int, tuple[bool, ...]], list[int]] = {}
+        for head, pattern in enumerate(kept.tolist()):
+            found.setdefault((head // self.group, tuple(pattern)), []).append(head)
+        return [
+            (kv_head, heads, torch.tensor([tile for tile, keep in enumerate(pattern) if keep], dtype=torch.int64))
+            for (kv_head, pattern), heads in found.items()
+        ]
 
 
-def _softmax_product(
-    scores: Tensor, values: Tensor, sinks: Tensor | None, sees_all: bool, weights: Tensor, out: Tensor
-) -> None:
-    """`out [heads, rows, Dv]` = softmax(scores) @ values; rows that see nothing give zeros.
+def _softmax_product(scores: Tensor, values: Tensor, sinks: Tensor | None, sees_all: bool) -> Tensor:
+    """softmax(scores) @ values, `[heads, rows, Dv]`; rows that see nothing give zeros. Overwrites the scores.
 
-    `scores [heads, rows, columns]`, `values [kv heads, columns, Dv]`, `sinks [heads]` join the denominator only;
-    `weights`, like the scores, is where the softmax goes.
+    `scores [heads, rows, columns]`, `values [kv heads, columns, Dv]`, `sinks [heads]` join the denominator only.
     """
     heads, rows, columns = scores.shape
     if sinks is None:
-        torch.softmax(scores, dim=-1, out=weights)
-        if not sees_all:
-            weights.masked_fill_(~(scores.amax(-1, keepdim=True) > NEGATIVE_INFINITY), 0.0)
+        seen = None if sees_all else scores.amax(-1, keepdim=True) > NEGATIVE_INFINITY
+        weights = torch.softmax(scores, dim=-1, out=scores)
+        if seen is not None:
+            weights.masked_fill_(~seen, 0.0)
     else:
         logits = torch.cat([scores, sinks.view(-1, 1, 1).expand(heads, rows, 1)], dim=-1)
         weights = torch.softmax(logits, dim=-1)[..., :columns]
     product = weights.new_empty(len(values), heads // len(values) * rows, values.shape[-1])
     _product(weights.reshape(len(values), -1, columns), values, product)
-    out.copy_(product.view(heads, rows, -1))
+    return product.view(heads, rows, -1)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
