@@ -108,7 +108,7 @@ class _TileRow:
             if skipped is None:
                 out[heads] = _softmax_product(scores, v, sinks, sees_all)
             else:
-                self._kept_product(scores, v, sinks, sees_all, ~skipped, out[heads])
+                self._kept_product(scores, v, sinks, sees_all, skipped, out[heads])
 
     def _columns(self, first: int, rows: int) -> tuple[int, int]:
         """The columns some row can see by position, from one border of tiles to another."""
@@ -164,8 +164,8 @@ class _TileRow:
             self._beyond = {key: column > position + row}
         return self._beyond[key]
 
-    def _decide(self, scores: Tensor, sees_all: bool, counts: Tensor) -> Tensor | None:
-        """The skipped tiles `[heads, C] bool`, or None where every head keeps all."""
+    def _decide(self, scores: Tensor, sees_all: bool, counts: Tensor) -> list[list[bool]] | None:
+        """Which tiles each head skips, `[heads][C]`, or None where every head keeps all."""
         if sees_all:
             counts[:, 1] += scores.shape[-1] // self.bc
             if self.log_threshold == NEGATIVE_INFINITY:
@@ -178,23 +178,25 @@ class _TileRow:
         gap = gap.amax(1)
         if self.joint:
             gap = gap.unflatten(0, (-1, self.group)).amax(1).repeat_interleave(self.group, 0)
-        skipped = gap < self.log_threshold
+        skips = gap < self.log_threshold
         if not sees_all:
             exists = (maximum > NEGATIVE_INFINITY).any(1)
-            skipped &= exists
+            skips &= exists
             counts[:, 1] += exists.sum(-1)
-        if not skipped.any():
+        skipped: list[list[bool]] = skips.tolist()
+        numbers = [sum(head) for head in skipped]
+        if not any(numbers):
             return None
-        counts[:, 0] += skipped.sum(-1)
+        counts[:, 0] += torch.tensor(numbers)
         return skipped
 
     def _kept_product(
-        self, scores: Tensor, v: Tensor, sinks: Tensor | None, sees_all: bool, kept: Tensor, out: Tensor
+        self, scores: Tensor, v: Tensor, sinks: Tensor | None, sees_all: bool, skipped: list[list[bool]], out: Tensor
     ) -> None:
-        """Each head's `out [rows, Dv]` from its kept tiles only, which are gathered first."""
+        """The heads' `out [heads, rows, Dv]` from their kept tiles only, which are gathered first."""
         rows = scores.shape[1]
         tiles, values = scores.unflatten(-1, (-1, self.bc)), v.unflatten(1, (-1, self.bc))
-        for kv_head, heads, index in self._alike(kept):
+        for kv_head, heads, index in self._alike(skipped):
             gathered = self.kept_scores[: len(heads) * rows * len(index) * self.bc].view(len(heads), rows, -1, self.bc)
             if len(heads) == self.group:
                 torch.index_select(tiles[heads[0] : heads[-1] + 1], 2, index, out=gathered)
@@ -207,13 +209,13 @@ class _TileRow:
             for place, head in enumerate(heads):
                 out[head] = product[place]
 
-    def _alike(self, kept: Tensor) -> list[tuple[int, list[int], Tensor]]:
+    def _alike(self, skipped: list[list[bool]]) -> list[tuple[int, list[int], Tensor]]:
         """Heads that share keys and keep the same tiles: (K/V head, heads, tiles); they are rows of one product."""
         found: dict[tuple[int, tuple[bool, ...]], list[int]] = {}
-        for head, pattern in enumerate(kept.tolist()):
+        for head, pattern in enumerate(skipped):
             found.setdefault((head // self.group, tuple(pattern)), []).append(head)
         return [
-            (kv_head, heads, torch.tensor([tile for tile, keep in enumerate(pattern) if keep], dtype=torch.int64))
+            (kv_head, heads, torch.tensor([tile for tile, skip in enumerate(pattern) if not skip], dtype=torch.int64))
             for (kv_head, pattern), heads in found.items()
         ]
 
