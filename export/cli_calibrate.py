@@ -96,7 +96,13 @@ def calibrate(
         if bench:
             cost = collecting_cost(loaded.model, chosen, every, told)
             told("timing", len(every), len(every))
-            result = {**asdict(cost), "tokens": length, "ratio": cost.ratio, "median_ratio": cost.median_ratio}
+            result = {
+                **asdict(cost),
+                "tokens": length,
+                "ratio": cost.ratio,
+                "cpu_ratio": cost.cpu_ratio,
+                "median_ratio": cost.median_ratio,
+            }
             console.print(
                 f"collecting takes {cost.ratio:.3f} x the dense forward (median of texts {cost.median_ratio:.3f})"
             )

@@ -13,7 +13,7 @@ from sparse_attention.statistics import total_sparsity
 from sparse_attention.threshold import Phase
 from sparse_attention.trial import Batch, forward, shortened, tokens_of, trial
 
-DECODE_STEPS = 8
+DECODE_STEPS = 32
 """Real decode steps at each length."""
 
 

@@ -14,15 +14,25 @@ from sparse_attention.gap_histogram import GapHistogram, LayerGaps
 from sparse_attention.layer import AttentionCall, AttentionLayer
 from sparse_attention.threshold import Phase
 
-DECODE_ROWS = 32
-"""Last rows of a prefill that stand for decode steps at a length; each is one step over the keys before it."""
+DECODE_ROWS = 64
+"""Rows of a prefill that stand for the decode steps at a length, at most."""
+
+
+def decode_rows(length: int) -> range:
+    """Positions whose rows stand for the decode steps at a length: some of its last eighth, and of the last 32.
+
+    Each is one step over the keys before it. Neighbouring rows are alike, so they are spread as far as the length
+    (and with it λ) is nearly the same.
+    """
+    span = min(max(32, length // 8), length)
+    return range(length - span, length, max(1, span // DECODE_ROWS))
 
 
 class GapCollector:
     """Computes attention in the op's place, densely, and counts what every λ would have skipped.
 
-    Decode is counted from the last rows before each length of a causal prefill, which are the decode steps there:
-    the same query against the same keys, decided alone. Real decode steps (one row) count as such.
+    Decode is counted from rows before each length of a causal prefill, which are the decode steps there: the same
+    query against the same keys, decided alone. Real decode steps (one row) count as such.
 
     Args:
         lengths: of keys; what lies beyond the last one that a text reaches is not counted.
@@ -33,6 +43,7 @@ class GapCollector:
         self.units = dict(units)
         self._sums: dict[Phase, GapHistogram] = {phase: GapHistogram.empty(lengths) for phase in units}
         self._lengths = next(iter(self._sums.values())).lengths
+        self._decode_rows = [decode_rows(length) for length in self._lengths]
         self._first: str | None = None
 
     def __call__(self, layer: AttentionLayer, call: AttentionCall) -> Tensor:
@@ -94,12 +105,12 @@ class GapCollector:
             return
         rows = row.gap.shape[1]
         for segment, length in enumerate(self._lengths):
-            first = max(length - DECODE_ROWS, end - rows) - (end - rows)
-            last = min(length, end) - (end - rows)
-            if first >= last or length > row.kv_length:
+            first = end - rows
+            chosen = [position - first for position in self._decode_rows[segment] if first <= position < end]
+            if not chosen or length > row.kv_length:
                 continue
             gaps = self._gaps("decode", layer, call, cumulative=False)
-            gap, mass = row.gap[:, first:last].transpose(0, 1), row.mass[:, first:last].transpose(0, 1)
+            gap, mass = row.gap[:, chosen].transpose(0, 1), row.mass[:, chosen].transpose(0, 1)
             gaps.add(
                 segment, row.heads, gap, gap > -torch.inf, mass, gap.shape[0] * gap.shape[1],
                 group if self.units["decode"] == "group" else 1,

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from attention_models import DECODERS, tiny
 from calibration_models import CONFIG, peaky_llama, peaky_qkv, random_texts
 
 from sparse_attention import load_config, reference
 from sparse_attention.calibration_collect import collect
 from sparse_attention.errors import UsageError
-from sparse_attention.gap_collector import DECODE_ROWS, GapCollector
+from sparse_attention.gap_collector import DECODE_ROWS, GapCollector, decode_rows
 from sparse_attention.gap_files import load_histograms, merge_files, save_histograms
 from sparse_attention.gap_histogram import BINS, EDGES, GapHistogram, bins_of, merged
 from sparse_attention.layer import AttentionCall, AttentionLayer
@@ -75,14 +76,37 @@ def test_last_rows_are_the_decode_steps(unit):
     curve = collect(model, CONFIG, [text], lengths=[96], units={"decode": unit})["decode"].curve(96)
     config = {"sparse_cfg": {"*attention*": {"br": 8, "bc": 8, "threshold": {"prefill": 0.0, "decode": 0.05}}}}
     with trial(model, load_config(config), unit=unit) as layers:
-        cache = forward(model, text[:, : 96 - DECODE_ROWS], use_cache=True).past_key_values
-        for position in range(96 - DECODE_ROWS, 96):
+        cache = forward(model, text[:, : 96 - 32], use_cache=True).past_key_values
+        for position in range(96 - 32, 96):
             step = {"input_ids": text[:, position : position + 1], "past_key_values": cache}
             cache = forward(model, step, use_cache=True).past_key_values
         counted = layers[0].statistics.by_phase["decode"]
     assert sum(counted.skipped) > 100
     assert curve.total.tolist() == list(counted.total)
     assert curve.sparsity(0.05) == pytest.approx(counted.sparsity, abs=0.01)  # 0.05 lies between two edges
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_every_kind_of_decoder_is_counted_as_its_op_decides(family):
+    """Windows, soft caps and sinks included; in the first layer, whose input no skipping has changed yet."""
+    model = tiny(family, sharpness=8.0)
+    text = torch.randint(1, 64, (2, 96), generator=torch.Generator().manual_seed(1))
+    collected = collect(model, CONFIG, [text], lengths=[96])["prefill"]
+    threshold = math.exp(EDGES[-4])
+    config = {"sparse_cfg": {"*": {"br": 8, "bc": 8, "threshold": threshold}}}
+    with trial(model, load_config(config)) as layers:
+        forward(model, text, use_cache=False)
+        counted = layers[0].statistics.by_phase["prefill"]
+    curve = collected.curve(96, [layers[0].name])
+    assert sum(counted.skipped) > 0
+    assert (2 * curve.total).tolist() == list(counted.total)
+    assert abs(2 * curve.skipped[:, -4] - counted.skipped).max() <= 1
+
+
+def test_decode_rows_are_spread_over_what_is_nearly_one_length():
+    assert decode_rows(96) == range(64, 96)
+    assert decode_rows(8192) == range(7168, 8192, 16) and len(decode_rows(8192)) == DECODE_ROWS
+    assert decode_rows(20) == range(20)
 
 
 def test_shards_add_up_exactly_in_any_order(model, tmp_path):
