@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 from sparse_attention import native
 from sparse_attention.errors import MissingError
 
-__all__ = ["Case", "Result", "bench_kernels", "default_cases", "format_table"]
+__all__ = ["Case", "Result", "bench_kernels", "default_cases", "format_table", "host_overhead", "write_json"]
 
 COLUMNS = 128
 THRESHOLD = 1e-3
@@ -59,6 +60,10 @@ class Result:
         c = self.case
         flop = 4 * c.batch * c.heads * c.length**2 * c.size * (0.5 if c.causal else 1.0)
         return flop / self.milliseconds[name] / 1e9
+
+    def share_of_bound(self, name: str) -> float:
+        """Speed-up over the own dense kernel, as a share of `2 / (1 + kept)`: scores always, the rest where kept."""
+        return self.milliseconds["dense"] / self.milliseconds[name] * (2 - self.skipped) / 2
 
 
 def default_cases(quick: bool = False) -> list[Case]:
@@ -192,6 +197,21 @@ def bench_kernels(
     return results
 
 
+def host_overhead(calls: int = 200) -> float:
+    """Microseconds the host spends in one call of the op after the first, with nothing waited for."""
+    from sparse_attention import block_skip_attention
+
+    q, k, v = plant(Case(128, 256, True, heads=4, kv_heads=4))
+    block_skip_attention(q, k, v, threshold=THRESHOLD, is_causal=True)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        block_skip_attention(q, k, v, threshold=THRESHOLD, is_causal=True)
+    elapsed = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return elapsed / calls * 1e6
+
+
 def format_table(results: list[Result]) -> str:
     """One line a case: TFLOP/s as if dense, and in brackets the ratio to FlashAttention-3 (or cuDNN without it)."""
     lines = []
@@ -200,7 +220,8 @@ def format_table(results: list[Result]) -> str:
         base = "fa3" if "fa3" in r.milliseconds else "cudnn"
         shape = f"D{c.size} B{c.batch} {c.heads}/{c.kv_heads} S{c.length} {'causal' if c.causal else 'full':6s}"
         columns = [
-            f"{name} {r.teraflops(name):6.0f} ({r.milliseconds[base] / r.milliseconds[name]:.3f})"
+            f"{name} {r.teraflops(name):6.0f} ({r.milliseconds[base] / r.milliseconds[name]:.3f}"
+            + (f", {100 * r.share_of_bound(name):.0f} % of the bound)" if name.startswith("skip") else ")")
             for name in r.milliseconds
         ]
         lines.append(f"{shape:34s} skipped {100 * r.skipped:5.1f} %  " + "  ".join(columns))
@@ -211,6 +232,7 @@ def write_json(results: list[Result], path: Path) -> None:
     """Everything measured, with the device and the versions."""
     document = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "library": native.load_library().version,
+        "host_overhead_us": host_overhead(),
         "results": [{**asdict(r), "tflops": {n: round(r.teraflops(n), 1) for n in r.milliseconds}} for r in results],
     }  # fmt: skip
     path.write_text(json.dumps(document, indent=1) + "\n")
