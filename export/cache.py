@@ -87,7 +87,7 @@ def cached_signature(model: nn.Module, *, padding: Padding = "auto", static: int
         dynamic |= {"q_start": {0: "batch"}, "kv_lengths": {0: "batch"}}
     elif padding != "none":
         examples["attention_mask"] = torch.ones(BATCH, _PAST + SEQUENCE, dtype=torch.int64)
-        dynamic["attention_mask"] = {0: "batch", 1: "total"}
+        dynamic["attention_mask"] = {0: "batch", 1: "past + sequence"}
     for name, (heads, size) in past.items():
         examples[name] = torch.zeros(BATCH, heads, static or _PAST, size, dtype=dtype)
         dynamic[name] = {0: "batch"} if static else {0: "batch", 2: "past"}

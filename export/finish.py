@@ -71,8 +71,8 @@ def finish(
         replaced[node.outputs[0]] = nodes[number].outputs[0]
     if counts:
         _add_counts(model.graph, nodes)
-    attach_body(model)
     passes.RemoveUnusedNodesPass()(model)
+    attach_body(model)  # last: parity looks at values inside the body that nothing in it uses
     _strip(model)
     for key, value in (metadata or {}).items():
         model.metadata_props[f"{METADATA}.{key}"] = json.dumps(value)

@@ -39,7 +39,7 @@ def trace(signature: Signature, *, opset: int = 23) -> ir.Model:
     """
     module = signature.module.eval()
     inputs = tuple(signature.examples.values())
-    dynamic = tuple(signature.dynamic.get(name) or None for name in signature.examples)
+    dynamic = _dynamic_shapes(signature)
     with schema.registered(), _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
@@ -56,6 +56,19 @@ def trace(signature: Signature, *, opset: int = 23) -> ir.Model:
             ) from error  # fmt: skip
     assert program is not None
     return program.model
+
+
+def _dynamic_shapes(signature: Signature) -> tuple[dict[int, Any] | None, ...]:
+    """The dynamic dimensions as the exporter takes them: one symbol a name, so that no two have to be proven equal.
+
+    A name with an operator in it ("past + sequence") is worked out by the exporter from the others.
+    """
+    names = {name for axes in signature.dynamic.values() for name in axes.values()}
+    symbols = {name: torch.export.Dim(name) if name.isidentifier() else torch.export.Dim.DYNAMIC for name in names}
+    return tuple(
+        {axis: symbols[name] for axis, name in signature.dynamic.get(given, {}).items()} or None
+        for given in signature.examples
+    )
 
 
 @contextlib.contextmanager
