@@ -34,9 +34,6 @@ def _step(call, shared, item, visible, operand, acc, m, sums, tile, j, turn, MAS
     mbarrier.wait(shared.turn.index(GROUP), (turn & 1) ^ (1 if GROUP == 0 else 0))
     scores_token = warpgroup_mma(shared.q.index(GROUP), shared.k.index(slot).permute((1, 0)), zeros, use_acc=False,
                                  is_async=True)  # fmt: skip
-    EARLY: gl.constexpr = call.GROUPS == 2  # three warpgroups leave no registers for a second operand
-    if not EARLY:
-        mbarrier.wait(shared.v_full.index(before), ring_phase(tile - 1, call.STAGES))
     acc_token = warpgroup_mma(operand, shared.v.index(before), acc, is_async=True)
     arrive_warp(shared.turn.index((GROUP + 1) % call.GROUPS))
     scores = warpgroup_mma_wait(1, deps=(scores_token,))
@@ -45,15 +42,11 @@ def _step(call, shared, item, visible, operand, acc, m, sums, tile, j, turn, MAS
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
     tile_maximum = gl.max(scores, 1) * call.scale_log2
     p, alpha, m, sums = exponentials(scores, call.scale_log2, m, tile_maximum, sums, call.COLUMNS)
-    if EARLY:
-        following = as_operand(p, acc, DTYPE)
-        # Waiting here for the V tile of the next step keeps the exponentials in front of the wait for the products:
-        # without a branch between them ptxas moves the exponentials behind that wait, and nothing overlaps.
-        mbarrier.wait(shared.v_full.index(slot), ring_phase(tile, call.STAGES))
-        acc, operand, following = warpgroup_mma_wait(0, deps=(acc_token, operand, following))
-    else:
-        acc, operand = warpgroup_mma_wait(0, deps=(acc_token, operand))
-        following = as_operand(p, acc, DTYPE)
+    following = as_operand(p, acc, DTYPE)
+    # Waiting here for the V tile of the next step keeps the exponentials in front of the wait for the products: without
+    # a branch between them ptxas moves the exponentials behind that wait, and nothing overlaps.
+    mbarrier.wait(shared.v_full.index(slot), ring_phase(tile, call.STAGES))
+    acc, operand, following = warpgroup_mma_wait(0, deps=(acc_token, operand, following))
     arrive_warp(shared.v_free.index(before))
     return following, rescale(acc, alpha), m, sums
 
@@ -88,8 +81,7 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q
                                       no_sums(call.COLUMNS), call.COLUMNS)  # fmt: skip
         acc = gl.full([BLOCK_ROWS, call.HEAD], 0.0, gl.float32, ACC)
         operand = as_operand(p, acc, DTYPE)
-        if call.GROUPS == 2:
-            mbarrier.wait(shared.v_full.index(slot), ring_phase(base, call.STAGES))
+        mbarrier.wait(shared.v_full.index(slot), ring_phase(base, call.STAGES))
 
         whole = gl.maximum(gl.minimum(whole, item.tiles), 1)
         for j in range(1, whole):
@@ -105,8 +97,6 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q
             arrive_warp(shared.q_free.index(GROUP))
         last = base + item.tiles - 1
         slot = ring_slot(last, call.STAGES)
-        if call.GROUPS != 2:
-            mbarrier.wait(shared.v_full.index(slot), ring_phase(last, call.STAGES))
         cleaned = clean_values(call, shared, item, slot, cleaned, GROUP)
         token = warpgroup_mma(operand, shared.v.index(slot), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(token,))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 DTYPES = ("fp16", "bf16")
 HEADS = (64, 128, 256)
 ACCEPTED_SPILLS = {
-    ("dense", 64): 640, ("skip", 64): 96, ("general", 64): 2560,
+    ("dense", 64): 96, ("skip", 64): 96, ("general", 64): 2560,
     ("dense", 128): 96, ("skip", 128): 160, ("general", 128): 3328,
     ("dense", 256): 224, ("skip", 256): 320, ("general", 256): 7168,
 }  # fmt: skip
@@ -61,12 +61,10 @@ class Specialisation:
 def _specialise(dtype: str, head: int, role: str, causal: bool, joint: bool) -> Specialisation:
     """`role` is what the kernel is chosen for: "dense", "skip" or "general"."""
     groups, columns, stages, registers, schedule = 2, 128, 2, 240, role
-    if head == 64 and role == "dense":
-        groups, stages, registers = 3, 4, 160
-    if head == 64 and role == "skip" and not joint:
-        groups, stages, registers, schedule = 3, 4, 160, "plain"
-    if head == 64 and role == "skip" and joint:
+    if head == 64 and role != "general":
         stages = 4
+    if head == 64 and role == "skip" and not joint:
+        groups, registers, schedule = 3, 160, "plain"
     if head == 256:
         stages = 1
         if role == "dense":

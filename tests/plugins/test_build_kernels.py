@@ -21,6 +21,8 @@ def test_every_combination_is_listed_once() -> None:
     for spec in specs:
         assert spec.stages & (spec.stages - 1) == 0
         assert not spec.joint or spec.groups == 2
+        # a step waits for the next V tile before the previous one is given back
+        assert spec.schedule != "dense" or spec.stages >= 2
         # a warpgroup's 128 threads, the producer's 24 registers: the register file has 64 K
         assert (spec.groups * spec.registers + 24) * 128 <= 65536
         tiles = 2 * spec.stages * spec.columns + 64 * spec.groups * (1 if spec.output_in_q else 2)
@@ -55,6 +57,9 @@ def test_a_subset_compiles(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--output", str(tmp_path), "--jobs", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     manifest = json.loads((tmp_path / "manifest.json").read_text())
+    # two warpgroups with a masked and an unmasked loop each; 64 scores a thread (32 at 64 columns) and two row scales
+    assert exponentials_under_products(tmp_path / "sm90a_bf16_d128_dense_causal.cubin") == [66] * 4
+    assert exponentials_under_products(tmp_path / "sm90a_fp16_d256_dense.cubin") == [34] * 4
     for kernel in manifest["kernels"]:
         image = (tmp_path / kernel["file"]).read_bytes()
         assert image[:4] == b"\x7fELF" and kernel["bytes"] == len(image) < 300_000
@@ -63,6 +68,23 @@ def test_a_subset_compiles(tmp_path: Path) -> None:
         assert kernel["threads"] == 128 * (kernel["groups"] + 1)
         assert kernel["shared_bytes"] <= 232448
         assert kernel["boxes"] == [[64, 64], [kernel["columns"], 64], [kernel["columns"], 64], [64, 64]]
+
+
+def exponentials_under_products(cubin: Path) -> list[int]:
+    """Per loop of a dense kernel: exponentials between the wait for the scores and the wait for the product with V."""
+    disassembler = Path(TRITON.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    code = subprocess.run([str(disassembler), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    counts: list[int] = []
+    inside = False
+    for line in code.splitlines():
+        if "WARPGROUP.DEPBAR.LE gsb0, 0x1" in line:
+            counts.append(0)
+            inside = True
+        elif "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line:
+            inside = False
+        elif inside and "MUFU.EX2" in line:
+            counts[-1] += 1
+    return counts
 
 
 def test_the_build_refuses_spills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
