@@ -114,12 +114,15 @@ def _cache_shapes(model: nn.Module) -> list[tuple[tuple[int, int], tuple[int, in
 
 def _growing_call(padding: Padding) -> Any:
     def call(model: nn.Module, input_ids: Tensor, *rest: Tensor) -> Sequence[Tensor]:
-        from transformers import DynamicCache
+        from transformers.cache_utils import Cache, DynamicLayer
 
         mask, past = (None, rest) if padding == "none" else (rest[0], rest[1:])
-        cache = DynamicCache()
-        for i in range(len(past) // 2):
-            cache.update(past[2 * i], past[2 * i + 1], i)
+        layers = [DynamicLayer() for _ in past[::2]]
+        for layer, keys, values in zip(layers, past[::2], past[1::2], strict=True):
+            # not by `update`, which would trace two concatenations more for each
+            layer.keys, layer.values, layer.is_initialized = keys, values, True
+            layer.dtype, layer.device = keys.dtype, keys.device
+        cache = Cache(layers=layers)
         total = past[0].shape[2] + input_ids.shape[1]
         seen = torch.ones(input_ids.shape[0], total, dtype=torch.int64) if mask is None else mask
         position_ids = positions(seen, mask if padding != "right" else None)[:, past[0].shape[2] :]
