@@ -22,6 +22,9 @@ from tests.command_line import CommandLine
 from tests.sparse_attention.attention_models import VOCABULARY, settings, tiny
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub, not even by accident
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads of each would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
