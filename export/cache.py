@@ -117,7 +117,7 @@ def _growing_call(padding: Padding) -> Any:
         from transformers.cache_utils import Cache, DynamicLayer
 
         mask, past = (None, rest) if padding == "none" else (rest[0], rest[1:])
-        layers = [DynamicLayer() for _ in past[::2]]
+        layers: list[Any] = [DynamicLayer() for _ in past[::2]]
         for layer, keys, values in zip(layers, past[::2], past[1::2], strict=True):
             # not by `update`, which would trace two concatenations more for each
             layer.keys, layer.values, layer.is_initialized = keys, values, True

@@ -12,10 +12,12 @@ from rich.table import Table
 
 from export.adapter import Padding
 from export.cli_common import DEFAULT_CONFIG, Config, Force, Json, Overrides, Report, Tokens, one_of, print_json, status
+from export.engine.options import EngineOptions
+from export.engine.shapes import DEFAULT_LENGTH
 from export.models import DTYPES, LoadedModel, load_model
 from export.parity import ParityReport
 from export.parity import check as check_file
-from export.pipeline import ExportOptions, ExportResult, output_format
+from export.pipeline import ExportOptions, ExportResult, Runtime, output_format
 from export.pipeline import export as export_model
 from export.report import print_parity, print_rewriting, write_json
 from export.rewrite_file import read_onnx, rewrite
@@ -24,6 +26,8 @@ from sparse_attention import attention_modules, load_config
 from sparse_attention.config import SparseAttentionConfig
 from sparse_attention.errors import CheckError
 from sparse_attention.patterns import resolve
+
+_ENGINE: Any = {"rich_help_panel": "TensorRT engines"}
 
 
 def export(
@@ -58,6 +62,26 @@ def export(
     report: Report = None,
     force: Force = False,
     as_json: Json = False,
+    runtime: Annotated[
+        str, typer.Option(help="tensorrt, or tensorrt-rtx: portable, no GPU to build, no plugin.", **_ENGINE)
+    ] = "tensorrt",
+    shapes: Annotated[
+        list[str] | None, typer.Option(help="Range of a dimension, name:min,opt,max. Repeatable.", **_ENGINE)
+    ] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens the default shapes reach to.", **_ENGINE)] = DEFAULT_LENGTH,
+    plugin: Annotated[Path | None, typer.Option(help="The plugin library.", **_ENGINE)] = None,
+    plugin_placement: Annotated[str, typer.Option(help="embedded in the engine, or beside it.", **_ENGINE)] = "beside",
+    workspace: Annotated[float | None, typer.Option(help="Scratch memory, GiB at most.", **_ENGINE)] = None,
+    timing_cache: Annotated[Path | None, typer.Option(help="Read, and written after the build.", **_ENGINE)] = None,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="Also loads in later versions of TensorRT.", **_ENGINE)
+    ] = False,
+    hardware_compatibility: Annotated[str, typer.Option(help="none, ampere+ or same.", **_ENGINE)] = "none",
+    refit: Annotated[bool, typer.Option("--refit", help="Weights may be exchanged later.", **_ENGINE)] = False,
+    weight_streaming: Annotated[
+        bool, typer.Option("--weight-streaming", help="Weights may stay in host memory.", **_ENGINE)
+    ] = False,
+    optimization_level: Annotated[int | None, typer.Option(help="0 to 5.", **_ENGINE)] = None,
 ) -> None:
     """Export MODEL with block-skip attention, and check that the file computes what PyTorch computes."""
     settings = load_config(config, overrides or ())
@@ -71,6 +95,20 @@ def export(
         counts=counts,
         unit=one_of("--unit", unit, ("head", "group")),
     )
+    engine = EngineOptions(
+        shapes=tuple(shapes or ()),
+        max_length=max_length,
+        plugin=plugin,
+        plugin_placement=cast(Any, one_of("--plugin-placement", plugin_placement, ("embedded", "beside"))),
+        workspace_gib=workspace,
+        timing_cache=timing_cache,
+        version_compatible=version_compatible,
+        hardware_compatibility=cast(Any, hardware_compatibility),
+        refit=refit,
+        weight_streaming=weight_streaming,
+        optimization_level=optimization_level,
+    )
+    built_for = cast(Runtime, one_of("--runtime", runtime, ("tensorrt", "tensorrt-rtx")))
     if dry_run:
         _dry_run(model, settings, dtype, unit, as_json)
         return
@@ -85,7 +123,7 @@ def export(
             loaded = load_model(model, dtype=dtype)
             options = options.with_examples(loaded)
         result = export_model(
-            loaded.model if loaded else model, settings, output, options=options,
+            loaded.model if loaded else model, settings, output, options=options, engine=engine, runtime=built_for,
             side_files=loaded.side_files if loaded else (), force=force, progress=progress,
         )  # fmt: skip
         parity = None

@@ -191,6 +191,7 @@ def _complete(graph: ir.Graph, node: ir.Node, inputs: dict[str, ir.Value], featu
     """Replaces `node` by one with every attribute, the inputs in order, and the wanted outputs only."""
     given = {spec.name: node.attributes[spec.name].value for spec in op.ATTRIBUTES if spec.name in node.attributes}
     written = op.attributes(**given) | {"inputs": ",".join(features.inputs)} | dict(op.PLUGIN_ATTRIBUTES)
+    written[op.OUTPUTS_ATTRIBUTE] = "o,counts" if features.counts else "o"
     kinds = {int: ir.AttributeType.INT, float: ir.AttributeType.FLOAT, str: ir.AttributeType.STRING}
     complete = ir.Node(
         op.DOMAIN, op.OP_TYPE, [inputs[name] for name in features.inputs],

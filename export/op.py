@@ -32,7 +32,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class AttributeSpec:
-    """One attribute. Every node writes every attribute: one that a body refers to and a node leaves out is not portable."""
+    """One attribute. Every node writes all of them: a body that refers to one left out is not portable."""
 
     name: str
     kind: Literal["int", "float", "string"]
@@ -84,6 +84,9 @@ ATTRIBUTES: tuple[AttributeSpec, ...] = (
     *_phase_attributes("prefill"),
     *_phase_attributes("decode"),
 )
+
+OUTPUTS_ATTRIBUTE = "outputs"
+"""Extra node attribute, the node's outputs, for the plugin: TensorRT's parser does not tell it which are used."""
 
 PLUGIN_ATTRIBUTES: Mapping[str, str] = {"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)}
 """Extra node attributes by which TensorRT's parser finds our plugin before it looks at the function body."""

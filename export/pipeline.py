@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import onnx_ir as ir
+import torch
 from torch import nn
 
 from export.adapter import Dynamic, Padding, Signature
@@ -27,6 +28,7 @@ from sparse_attention.config_io import Source
 from sparse_attention.errors import UsageError
 
 Format = Literal["onnx", "tensorrt"]
+Runtime = Literal["tensorrt", "tensorrt-rtx"]
 SUFFIXES: dict[str, Format] = {".onnx": "onnx", ".engine": "tensorrt", ".plan": "tensorrt"}
 
 
@@ -190,6 +192,7 @@ def export(
     *,
     options: ExportOptions | None = None,
     engine: EngineOptions | None = None,
+    runtime: Runtime = "tensorrt",
     side_files: tuple[Any, ...] = (),
     force: bool = False,
     progress: Callable[[str], None] = lambda text: None,
@@ -197,7 +200,7 @@ def export(
     """Exports a model, or rewrites an `.onnx`, as far as `export_format`, or else the suffix of `path`, says.
 
     Arguments as `export_onnx`; `model` may also be the path of an `.onnx`. `tensorrt` leaves the `.onnx` beside the
-    engine, which is built with the options `engine`.
+    engine, which is built with the options `engine`; `runtime` "tensorrt-rtx" builds a portable engine, without plugin.
 
     Raises:
         UsageError: where format and suffix contradict each other, or neither tells.
@@ -207,13 +210,11 @@ def export(
     kind = output_format(path, config)
     target = path
     if kind == "tensorrt":
-        from export.engine import build_engine, require_tensorrt
-
         check_output(path, force=force)
-        require_tensorrt(engine)
-        if not isinstance(model, nn.Module) and op_nodes(read_onnx(Path(model))):
-            build_engine(Path(model), path, options=engine, force=force)
-            return ExportResult(path, len(op_nodes(read_onnx(Path(model)))))
+        _require_engine_can_be_built(model, engine, runtime)
+        if not isinstance(model, nn.Module) and (nodes := op_nodes(read_onnx(Path(model)))):
+            _build(Path(model), path, engine, runtime, force=force)
+            return ExportResult(path, len(nodes))
         target = path.with_suffix(".onnx")
     if isinstance(model, nn.Module):
         result = export_onnx(
@@ -223,9 +224,36 @@ def export(
         result = rewrite_onnx(model, config, target, options=options, force=force, progress=progress)
     if kind == "tensorrt":
         progress("building the engine")
-        build_engine(result.path, path, options=engine, force=force)
+        _build(result.path, path, engine, runtime, force=force)
         result = replace(result, path=path)
     return result
+
+
+def _require_engine_can_be_built(model: nn.Module | Path | str, engine: EngineOptions | None, runtime: Runtime) -> None:
+    """Stops before a model is exported for nothing."""
+    if runtime == "tensorrt-rtx":
+        from export.runtime_rtx import import_tensorrt_rtx
+
+        import_tensorrt_rtx()
+        return
+    from export.engine import require_tensorrt
+
+    require_tensorrt(engine)
+    dtype = next((p.dtype for p in model.parameters()), None) if isinstance(model, nn.Module) else None
+    if dtype == torch.float32:
+        raise UsageError("the plugin's kernels compute in half precision", where="--dtype", found="float32",
+                         fix="export with --dtype float16 or bfloat16")  # fmt: skip
+
+
+def _build(onnx: Path, path: Path, options: EngineOptions | None, runtime: Runtime, *, force: bool) -> None:
+    if runtime == "tensorrt-rtx":
+        from export.runtime_rtx import build_portable_engine
+
+        build_portable_engine(onnx, path, options=options, force=force)
+        return
+    from export.engine import build_engine
+
+    build_engine(onnx, path, options=options, force=force)
 
 
 def output_format(path: Path, config: SparseAttentionConfig) -> Format:

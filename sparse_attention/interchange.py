@@ -107,9 +107,7 @@ def from_checkpoint_record(record: Mapping[str, Any], pattern: str = "*attn*") -
         names = [pattern]
     ignored = {f"*{name}*": {"enable": False} for name in group.get("ignore", ())}
     return Imported(
-        load_config(
-            {"sparse_cfg": {names[0]: {"calibration": phases}, **ignored, "default": {"enable": False}}}
-        ),
+        load_config({"sparse_cfg": {names[0]: {"calibration": phases}, **ignored, "default": {"enable": False}}}),
         tuple(notes),
     )
 
@@ -209,9 +207,7 @@ def _one_pattern(pattern: str, phases: Mapping[str, Any]) -> SparseAttentionConf
     return load_config({"sparse_cfg": {pattern: {"calibration": dict(phases)}, "default": {"enable": False}}})
 
 
-def _curves(
-    config: SparseAttentionConfig, length: int | None = None
-) -> tuple[dict[Phase, PhaseThreshold], list[str]]:
+def _curves(config: SparseAttentionConfig, length: int | None = None) -> tuple[dict[Phase, PhaseThreshold], list[str]]:
     """The one curve of each phase that these formats can carry, and notes about what they cannot."""
     notes: list[str] = []
     found: dict[Phase, PhaseThreshold] = {}

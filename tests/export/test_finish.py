@@ -83,7 +83,8 @@ def test_every_node_names_all_its_inputs() -> None:
             assert node.attributes["inputs"].as_string() == "q,k,v,kv_lengths,sinks"
             assert all(value is not None for value in node.inputs)
             assert len(node.outputs) == 1 + counts
-            written = set(node.attributes) - set(op.PLUGIN_ATTRIBUTES)
+            assert node.attributes[op.OUTPUTS_ATTRIBUTE].as_string() == ("o,counts" if counts else "o")
+            written = set(node.attributes) - set(op.PLUGIN_ATTRIBUTES) - {op.OUTPUTS_ATTRIBUTE}
             assert written == {spec.name for spec in op.ATTRIBUTES}
             for name, value in op.PLUGIN_ATTRIBUTES.items():
                 assert node.attributes[name].as_string() == value
