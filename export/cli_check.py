@@ -9,24 +9,30 @@ import typer
 from rich.console import Console
 
 from export.cli_common import Json, Report, Tokens, print_json, status
+from export.engine import check_engine
 from export.models import DTYPES, load_model
 from export.parity import check as check_file
+from export.pipeline import SUFFIXES
 from export.report import print_parity, write_json
 from export.runners import metadata, read_graph
 from export.save import check_output
 from export.signatures import signature_from
-from sparse_attention.errors import CheckError
+from sparse_attention.errors import CheckError, UsageError
 
 
 def check(
-    file: Annotated[Path, typer.Argument(help="An exported .onnx.")],
-    against: Annotated[str, typer.Option("--against", help="The model that it was exported from.")],
+    file: Annotated[Path, typer.Argument(help="An exported .onnx, or an engine built from one.")],
+    against: Annotated[str, typer.Option("--against", help="The model it was exported from; an engine's .onnx.")],
     tokens: Tokens = 2048,
     dtype: Annotated[str, typer.Option(help=f"The file's dtype: {', '.join(DTYPES)}.")] = "float32",
     report: Report = None,
     as_json: Json = False,
+    plugin: Annotated[Path | None, typer.Option(help="The plugin library of an engine.")] = None,
 ) -> None:
     """Compare an exported file with PyTorch, layer by layer and end to end; the last line says PASSED or FAILED."""
+    if SUFFIXES.get(file.suffix) == "tensorrt":
+        _check_engine(file, against, plugin, as_json)
+        return
     graph = read_graph(file)
     if report is not None:
         check_output(report, force=True)
@@ -44,5 +50,29 @@ def check(
         write_json(report, result.as_dict())
     if as_json:
         print_json(result.as_dict())
+    if not result.passed:
+        raise typer.Exit(CheckError.exit_code)
+
+
+def _check_engine(file: Path, against: str, plugin: Path | None, as_json: bool) -> None:
+    """An engine against the `.onnx` it was built from, in ONNX Runtime; that one is checked against PyTorch."""
+    if not against.endswith(".onnx"):
+        raise UsageError("an engine is checked against the .onnx it was built from", where="--against", found=against,
+                         fix=f"pass {file.with_suffix('.onnx')}; check that one against the model")  # fmt: skip
+    result = check_engine(file, Path(against), plugin=plugin)
+    if as_json:
+        print_json(
+            {"passed": result.passed, "outputs": [vars(one) | {"passed": one.passed} for one in result.outputs],
+             "milliseconds": dict(result.milliseconds)}
+        )  # fmt: skip
+    else:
+        console = Console(soft_wrap=True)
+        for one in result.outputs:
+            told = f"{one.profile}, {one.output}: difference {one.error:.2e} (at most {one.allowed:.0e})"
+            console.print(told, style="" if one.passed else "red", highlight=False)
+        for profile, milliseconds in result.milliseconds.items():
+            console.print(f"{profile}: {milliseconds:.3f} ms a run", highlight=False)
+        word = "PASSED" if result.passed else "FAILED"
+        console.print(f"{word} {len(result.outputs)} outputs", style="bold green" if result.passed else "bold red")
     if not result.passed:
         raise typer.Exit(CheckError.exit_code)
