@@ -55,6 +55,7 @@ def trace(signature: Signature, *, opset: int = 23) -> ir.Model:
                 fix="try it with torch.export first; dense export of the same model fails alike",
             ) from error  # fmt: skip
     assert program is not None
+    _name_dimensions(program.model, signature)
     return program.model
 
 
@@ -69,6 +70,21 @@ def _dynamic_shapes(signature: Signature) -> tuple[dict[int, Any] | None, ...]:
         {axis: symbols[name] for axis, name in signature.dynamic.get(given, {}).items()} or None
         for given in signature.examples
     )
+
+
+def _name_dimensions(model: ir.Model, signature: Signature) -> None:
+    """Gives the dimensions that the exporter worked out itself (it calls them `s22`) the names of the signature."""
+    names: dict[str, str] = {}
+    for value, given_name in zip(model.graph.inputs, signature.examples, strict=True):
+        for axis, name in signature.dynamic.get(given_name, {}).items():
+            given = value.shape[axis] if value.shape is not None else None
+            if isinstance(given, ir.SymbolicDim) and given.value is not None and given.value != name:
+                names[given.value] = name
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    for shape in (value.shape for value in values if names and value.shape is not None):
+        for axis, dimension in enumerate(shape):
+            if isinstance(dimension, ir.SymbolicDim) and dimension.value in names and not shape.frozen:
+                shape[axis] = names[dimension.value]
 
 
 @contextlib.contextmanager

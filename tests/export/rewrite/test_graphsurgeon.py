@@ -25,7 +25,7 @@ def test_a_graph_goes_in_and_comes_out() -> None:
     assert [entry.site.node_name for entry in report.rewritten] == ["Softmax_4"]
     (node,) = (node for node in rewritten.nodes if node.op == op.OP_TYPE)
     assert node.domain == op.DOMAIN
-    assert set(node.attrs) == {spec.name for spec in op.ATTRIBUTES} | set(op.PLUGIN_ATTRIBUTES)
+    assert set(node.attrs) == {spec.name for spec in op.ATTRIBUTES} | {*op.PLUGIN_ATTRIBUTES, op.OUTPUTS_ATTRIBUTE}
     assert node.attrs["prefill_threshold"] == pytest.approx(0.1)
 
     node.attrs["prefill_threshold"] = 0.0  # a user's own surgery
