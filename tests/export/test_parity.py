@@ -196,7 +196,7 @@ def test_one_decision_outside_the_band_fails(exported: Export) -> None:
 
 def test_a_decision_inside_the_band_is_listed_and_not_an_error(exported: Export) -> None:
     """λ is put right beside the gap of one tile: the node, at the old λ, decides it otherwise, and may."""
-    layer, call, out, node = observed_call(exported())
+    layer, call, _, node = observed_call(exported())
     gaps = node({"q": call.q, "k": call.k, "v": call.v})["tile_gap"]
     below = gaps[(gaps < np.log(0.7)) & torch.isfinite(gaps)]
     gap = float(below.max())
