@@ -51,7 +51,7 @@ def block_skip_attention_cpu(
     valid_rows = [rows] * batch if q_lengths is None else q_lengths.clamp(0, rows).tolist()
 
     out = torch.zeros(batch, heads, rows, v.shape[-1], dtype=q.dtype)
-    counts = torch.zeros(heads, 2, dtype=torch.int64)
+    counts = [[0, 0] for _ in range(heads)]
     for b in range(batch):
         row_of_tiles = _TileRow(
             k[b], v[b], None if sinks is None else sinks.float(), br=br, bc=bc, group=group,
@@ -65,7 +65,7 @@ def block_skip_attention_cpu(
             if rows_bias is not None and rows_bias.shape[-2] > 1:
                 rows_bias = rows_bias[:, first:last]
             row_of_tiles(q[b, :, first:last].float(), first, rows_bias, counts, out[b, :, first:last])
-    return out, counts.to(torch.int32)
+    return out, torch.tensor(counts, dtype=torch.int32)
 
 
 class _TileRow:
@@ -90,7 +90,7 @@ class _TileRow:
         self.at_once = max(1, min(len(k), _SCORES_AT_ONCE // max(of_one_kv_head, 1)))
         self.scores, self.kept_scores = torch.empty(2, self.at_once * of_one_kv_head)
 
-    def __call__(self, q: Tensor, first: int, bias: Tensor | None, counts: Tensor, out: Tensor) -> None:
+    def __call__(self, q: Tensor, first: int, bias: Tensor | None, counts: list[list[int]], out: Tensor) -> None:
         """One tile row: `q [Hq, rows, D] float32` from query row `first` on; adds to `counts`, fills `out`."""
         rows = q.shape[1]
         begin, end = self._columns(first, rows)
@@ -164,10 +164,11 @@ class _TileRow:
             self._beyond = {key: column > position + row}
         return self._beyond[key]
 
-    def _decide(self, scores: Tensor, sees_all: bool, counts: Tensor) -> list[list[bool]] | None:
+    def _decide(self, scores: Tensor, sees_all: bool, counts: list[list[int]]) -> list[list[bool]] | None:
         """Which tiles each head skips, `[heads][C]`, or None where every head keeps all."""
         if sees_all:
-            counts[:, 1] += scores.shape[-1] // self.bc
+            for count in counts:
+                count[1] += scores.shape[-1] // self.bc
             if self.log_threshold == NEGATIVE_INFINITY:
                 return None
         maximum = scores.unflatten(-1, (-1, self.bc)).amax(-1)
@@ -182,13 +183,12 @@ class _TileRow:
         if not sees_all:
             exists = (maximum > NEGATIVE_INFINITY).any(1)
             skips &= exists
-            counts[:, 1] += exists.sum(-1)
+            for count, number in zip(counts, exists.sum(-1).tolist(), strict=True):
+                count[1] += number
         skipped: list[list[bool]] = skips.tolist()
-        numbers = [sum(head) for head in skipped]
-        if not any(numbers):
-            return None
-        counts[:, 0] += torch.tensor(numbers)
-        return skipped
+        for count, head in zip(counts, skipped, strict=True):
+            count[0] += sum(head)
+        return skipped if any(map(any, skipped)) else None
 
     def _kept_product(
         self, scores: Tensor, v: Tensor, sinks: Tensor | None, sees_all: bool, skipped: list[list[bool]], out: Tensor
