@@ -24,6 +24,8 @@ from export import (
 )
 from sparse_attention.errors import SparseAttentionError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="sparse-attention",
     help="Export transformers to ONNX and TensorRT with attention that skips work, and prove what it computes.",
@@ -53,6 +55,7 @@ def main() -> None:
     except SparseAttentionError as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; nothing was left half-written", style="yellow")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer ends so on Ctrl-C, without a word
+            Console(stderr=True).print("interrupted; nothing was left half-written", style="yellow")
+        raise

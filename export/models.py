@@ -6,6 +6,7 @@ Weights are read from safetensors or GGUF only; nothing is ever unpickled.
 from __future__ import annotations
 
 import importlib
+import struct
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sparse_attention.errors import MissingError, ModelError, UsageError
@@ -191,7 +193,7 @@ def _load_errors(source: str) -> Any:
     except ImportError as error:
         raise MissingError("loading this model needs a package", where=source, found=str(error),
                            fix="install it with pip") from error  # fmt: skip
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, struct.error, SafetensorError) as error:  # damaged files too
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError("the model cannot be loaded", where=source, found=first,
                          fix="check the directory's files, or the id and the network") from error  # fmt: skip

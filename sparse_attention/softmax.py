@@ -1,4 +1,4 @@
-"""The seed's backend: attention computed as the model computes it, with `F.softmax` patched to skip tiles.
+"""ModelOpt's backend `pytorch`: attention computed as the model computes it, with `F.softmax` patched to skip tiles.
 
 For models loaded with `attn_implementation="eager"`, and modules that call a softmax by hand: it sees the whole score
 matrix, mask included. The patch is a `TorchFunctionMode` around the forward of one attention module: it is local to the

@@ -130,7 +130,7 @@ def test_a_prompt_beyond_the_models_positions_is_refused(exported: Callable[...,
 
 @pytest.mark.model
 def test_smollm2_generates_what_transformers_generates(tmp_path: Path) -> None:
-    """64 greedy tokens after 16 and 1500, at λ = 0 (the dense model) and at the seed's defaults."""
+    """64 greedy tokens after 16 and 1500, at λ = 0 (the dense model) and at the default configuration."""
     pytest.importorskip("gguf", reason="the model is a GGUF file: pip install gguf")
     from export import ExportOptions, export_onnx
     from export.models import load_model
