@@ -198,16 +198,16 @@ class _TileRow:
         tiles, values = scores.unflatten(-1, (-1, self.bc)), v.unflatten(1, (-1, self.bc))
         for kv_head, heads, index in self._alike(skipped):
             gathered = self.kept_scores[: len(heads) * rows * len(index) * self.bc].view(len(heads), rows, -1, self.bc)
-            if len(heads) == self.group:
-                torch.index_select(tiles[heads[0] : heads[-1] + 1], 2, index, out=gathered)
+            whole_group = slice(heads[0], heads[-1] + 1) if len(heads) == self.group else None
+            if whole_group is not None:
+                torch.index_select(tiles[whole_group], 2, index, out=gathered)
             else:
                 for place, head in enumerate(heads):
                     torch.index_select(tiles[head], 1, index, out=gathered[place])
             value = values[kv_head].index_select(0, index).flatten(0, 1)[None]
             sink = None if sinks is None else sinks[heads]
             product = _softmax_product(gathered.flatten(2), value, sink, sees_all)
-            for place, head in enumerate(heads):
-                out[head] = product[place]
+            out[heads if whole_group is None else whole_group] = product
 
     def _alike(self, skipped: list[list[bool]]) -> list[tuple[int, list[int], Tensor]]:
         """Heads that share keys and keep the same tiles: (K/V head, heads, tiles); they are rows of one product."""

@@ -27,6 +27,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: threads of e
     torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests on a real model take minutes: they start first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("model") is None)
+
+
 @dataclass(frozen=True)
 class Exported:
     """A tiny peaky model and the file it was exported to."""

@@ -25,7 +25,7 @@ def environment() -> dict[str, str]:
 
 def test_the_readme_has_the_two_commands_of_a_newcomer() -> None:
     test_command = README.split("<!-- test command -->")[1].split("```bash\n")[1].split("\n```")[0]
-    assert re.fullmatch(r"pip install -e '\.\[test\]' && python -m pytest( -n \d)?", test_command)
+    assert re.fullmatch(r"pip install -e '\.\[test\]' && python -m pytest( -n \d --dist worksteal)?", test_command)
     assert any("sparse-attention demo" in block for block in SHELL)
     assert RUN
 

@@ -223,6 +223,8 @@ def test_interrupted(work: Path) -> None:
         [sys.executable, "-c", PROGRAM, "export", "llama", "-o", "new.onnx", *SETTINGS], cwd=work,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
+        # in the background of a shell Ctrl-C is ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:
