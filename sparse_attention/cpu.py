@@ -207,7 +207,7 @@ class _TileRow:
             value = values[kv_head].index_select(0, index).flatten(0, 1)[None]
             sink = None if sinks is None else sinks[heads]
             product = _softmax_product(gathered.flatten(2), value, sink, sees_all)
-            out[heads if whole_group is None else whole_group] = product
+            out[heads if whole_group is None else whole_group] = product.to(out.dtype)
 
     def _alike(self, skipped: list[list[bool]]) -> list[tuple[int, list[int], Tensor]]:
         """Heads that share keys and keep the same tiles: (K/V head, heads, tiles); they are rows of one product."""

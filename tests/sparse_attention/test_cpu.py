@@ -228,3 +228,15 @@ def test_inputs_are_left_alone() -> None:
     before = {name: value.clone() for name, value in call.tensors.items()}
     block_skip_attention(*call.qkv, **call.keywords())
     assert all(torch.equal(value, before[name]) for name, value in call.tensors.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_where_heads_keep_different_tiles(dtype: torch.dtype) -> None:
+    """The decisions are those of the definition on the same halves, and some heads of a group differ in them."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, heads, 96, 16, generator=generator).mul(2).to(dtype) for heads in (6, 2, 2))
+    out, counts = block_skip_attention(q, k, v, threshold=0.3, br=8, bc=8, is_causal=True, return_stats=True)
+    expected, tiles = reference.attention(q, k, v, threshold=0.3, br=8, bc=8, is_causal=True)
+    assert counts.skipped == tuple(tiles.counts[:, 0].tolist()) and len(set(counts.skipped)) > 1
+    assert out.dtype == dtype
+    assert (out.float() - expected).abs().max() <= 2 * torch.finfo(dtype).eps * v.abs().max()
