@@ -14,12 +14,16 @@ from typing import Any
 import numpy as np
 
 
+ROUNDING = 1e-4  # of a float32 score below 100
+
+
 @dataclass(frozen=True)
 class Definition:
     """What the rule says of one call: `out [B, Hq, Sq, Dv]`; the rest per tile, `[B, Hq, R, C]`.
 
     `gap` is -inf where no row votes; `log_threshold [B]` is ln λ; `pairs [B, Hq, Sq, Sk]` tells which scores entered
-    the softmax, `visible` which were visible; `correction` is the correction factor.
+    the softmax, `visible` which were visible; `correction` holds the least and the most that the correction factor can be,
+    where two maxima may be equal in float32 and are not here.
     """
 
     out: np.ndarray
@@ -29,7 +33,7 @@ class Definition:
     log_threshold: np.ndarray
     visible: np.ndarray
     pairs: np.ndarray
-    correction: float
+    correction: tuple[float, float]
 
     @property
     def counts(self) -> np.ndarray:
@@ -80,7 +84,7 @@ def define(
     gap, exists = np.full(shape, -np.inf), np.zeros(shape, bool)
     scores = np.full((batch, heads, rows, columns), -np.inf)
     log_threshold = np.zeros(batch)
-    rises = after_first = 0
+    rises, after_first = [0, 0], 0
     if bias is not None:
         bias = np.broadcast_to(bias, (batch, heads, rows, columns))
 
@@ -122,7 +126,8 @@ def define(
                     of_tile = max(scores[b, h, i, c * bc : (c + 1) * bc])
                     if running > -math.inf and exists[b, h, i // br, c]:
                         after_first += 1
-                        rises += of_tile > running
+                        rises[0] += of_tile > running + ROUNDING
+                        rises[1] += of_tile > running - ROUNDING
                     running = max(running, of_tile)
 
     kept = np.zeros(shape, bool)
@@ -151,7 +156,7 @@ def define(
                 total = sum(math.exp(s - peak) for s in logits + extra)
                 for j, s in zip(seen, logits, strict=True):
                     out[b, h, i] += math.exp(s - peak) / total * v[b, h // group, j].astype(np.float64)
-    correction = rises / after_first if after_first else 0.0
+    correction = (rises[0] / max(after_first, 1), rises[1] / max(after_first, 1))
     return Definition(out, gap, exists, kept, log_threshold, scores > -math.inf, pairs, correction)
 
 

@@ -64,8 +64,8 @@ def test_correction_factor_against_numpy(call: Call) -> None:
         bias=options.get("bias"),
     )  # fmt: skip
     br = 1 if q.shape[2] == 1 else options["br"]
-    found = reference.correction_factor(scores, br, options["bc"])
-    assert found == pytest.approx(of_call(call.plain()).correction, abs=0.02)
+    least, most = of_call(call.plain()).correction
+    assert least <= reference.correction_factor(scores, br, options["bc"]) <= most
 
 
 def test_correction_factor_of_rising_and_falling_scores() -> None:
