@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-
 ROUNDING = 1e-4  # of a float32 score below 100
 
 
@@ -22,8 +21,8 @@ class Definition:
     """What the rule says of one call: `out [B, Hq, Sq, Dv]`; the rest per tile, `[B, Hq, R, C]`.
 
     `gap` is -inf where no row votes; `log_threshold [B]` is ln λ; `pairs [B, Hq, Sq, Sk]` tells which scores entered
-    the softmax, `visible` which were visible; `correction` holds the least and the most that the correction factor can be,
-    where two maxima may be equal in float32 and are not here.
+    the softmax, `visible` which were visible; `correction` holds the least and the most that the correction factor can
+    be, where two maxima may be equal in float32 and are not here.
     """
 
     out: np.ndarray
