@@ -7,9 +7,9 @@ within a run say something. FlashAttention-3 is taken from the wheel `fa3-fwd==0
 from __future__ import annotations
 
 import importlib
-import itertools
 import json
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -153,22 +153,35 @@ def _contestants(case: Case, brs: tuple[int, ...]) -> tuple[dict[str, Callable[[
     return runs, skipped
 
 
-def _race(runs: dict[str, Callable[[], object]], rounds: int, calls: int) -> dict[str, float]:
-    """Median milliseconds of each, over rounds in which all take their turn."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
+def _race(runs: dict[str, Callable[[], object]], rounds: int, turn: float = 20.0) -> dict[str, float]:
+    """Median milliseconds of each, over rounds in which all take their turn in random order.
+
+    These kernels run into the card's power limit, which answers within milliseconds: a turn first runs `turn`
+    milliseconds untimed, so that nobody is timed at the clock that the one before has earned.
+    """
+    calls = {}
+    for name, run in runs.items():
         run()
+        calls[name] = max(2, int(turn / _milliseconds(run, 2)))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, run in runs.items():
-            run()
-            marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
-            marks[0].record()
-            for mark in marks[1:]:
-                run()
-                mark.record()
-            torch.cuda.synchronize()
-            times[name].append(statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks)))
+        for name in order.sample(list(runs), len(runs)):
+            for _ in range(calls[name]):
+                runs[name]()
+            times[name].append(_milliseconds(runs[name], calls[name]))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _milliseconds(run: Callable[[], object], calls: int) -> float:
+    """Per call, on the current stream, behind whatever was enqueued before."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / calls
 
 
 def bench_kernels(
@@ -189,8 +202,7 @@ def bench_kernels(
     results = []
     for case in default_cases() if cases is None else cases:
         runs, skipped = _contestants(case, brs)
-        estimate = case.batch * case.heads * case.length**2 * case.size / 1e14
-        result = Result(case, skipped, _race(runs, rounds, calls=max(3, min(30, int(0.05 / estimate)))))
+        result = Result(case, skipped, _race(runs, rounds))
         results.append(result)
         if report is not None:
             report(result)

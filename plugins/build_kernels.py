@@ -58,7 +58,8 @@ def _signature(spec: Specialisation, gl: Any) -> tuple[dict[str, str], dict[str,
     constants: dict[str, object] = {
         "DTYPE": gl.float16 if spec.dtype == "fp16" else gl.bfloat16, "HEAD": spec.head, "GROUPS": spec.groups,
         "COLUMNS": spec.columns, "STAGES": spec.stages, "SCHEDULE": spec.schedule, "CAUSAL": spec.causal,
-        "JOINT": spec.joint, "O_IN_Q": spec.output_in_q, "CONSUMER_REGISTERS": spec.registers,
+        "JOINT": spec.joint, "O_IN_Q": spec.output_in_q, "LAZY": spec.lazy,
+        "FENCED": spec.fenced, "CONSUMER_REGISTERS": spec.registers,
     }  # fmt: skip
     signature.update(dict.fromkeys(constants, "constexpr"))
     return signature, constants

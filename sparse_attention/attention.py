@@ -16,7 +16,7 @@ from sparse_attention.cpu import block_skip_attention_cpu
 from sparse_attention.cuda import block_skip_attention_cuda
 from sparse_attention.errors import UsageError
 from sparse_attention.statistics import TileCounts
-from sparse_attention.threshold import PhaseThreshold, Thresholds
+from sparse_attention.threshold import PhaseThreshold, Thresholds, threshold_attributes
 
 Threshold = float | Mapping[str, float] | PhaseThreshold | Thresholds
 
@@ -134,14 +134,13 @@ def block_skip_attention(
         UsageError: shapes, dtypes or values that do not fit together.
     """
     _validate(q, k, v, br, bc, scale, softcap, window, unit, bias, sinks)
-    thresholds = Thresholds.of(threshold)
     lengths = [None if t is None else t.to(torch.int32) for t in (kv_lengths, q_start, q_lengths)]
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.dim()) + tuple(bias.shape))
     out, counts = OP(
         q, k, v, bias, *lengths, sinks, threshold_scale, br=br, bc=bc, is_causal=is_causal,
         scale=float(q.shape[-1] ** -0.5 if scale is None else scale), softcap=float(softcap or 0.0), window=window or 0,
-        unit=unit, **thresholds.attributes(),
+        unit=unit, **threshold_attributes(threshold),
     )  # fmt: skip
     return (out, TileCounts.of(counts)) if return_stats else out
 

@@ -93,6 +93,18 @@ class Thresholds:
         return self.prefill.is_dense and self.decode.is_dense
 
 
+def threshold_attributes(value: float | Mapping[Any, object] | PhaseThreshold | Thresholds) -> dict[str, float]:
+    """`Thresholds.of(value).attributes()`; a plain number without making the classes, which Dynamo of torch 2.11 refuses.
+
+    Raises:
+        ConfigError: as `Thresholds.of`.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        names = ("threshold", "a", "b", "target")
+        return {f"{phase}_{name}": float(value) if name == "threshold" else 0.0 for phase in PHASES for name in names}
+    return Thresholds.of(value).attributes()
+
+
 def _phase(value: object, where: str) -> PhaseThreshold:
     if isinstance(value, PhaseThreshold):
         return value

@@ -1,21 +1,26 @@
 """Dense schedule: the product of tile j with K and of tile j-1 with V are in flight together (FlashAttention-3).
 
 The softmax of tile j runs while the tensor cores compute P(j-1) V(j-1); the warpgroups take turns in issuing, so that
-one computes exponentials while the other's products run.
+one computes exponentials while the other's products run. LAZY and FENCED are what measured faster for a head size:
+README.md beside this folder has the figures.
 """
 
 from hopper_common import BLOCK_ROWS, arrive_warp, ring_phase, ring_slot
 from hopper_softmax import (
+    LAG,
     add_counts,
+    any_row_of_warp,
     as_operand,
     clean_values,
     existing_tiles,
-    exponentials,
     first_maximum,
     hide_columns,
     no_sums,
+    partial_sums,
+    probabilities,
     rescale,
     rows_layout,
+    scale_sums,
     scores_layout,
     store_output,
 )
@@ -25,8 +30,22 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 
 @gluon.jit
-def _step(call, shared, item, visible, operand, acc, m, sums, tile, j, turn, MASKED: gl.constexpr, GROUP: gl.constexpr,
-          DTYPE: gl.constexpr):  # fmt: skip
+def _opaque_one():
+    """1, which the compiler does not know."""
+    return gl.inline_asm("mov.u32 $0, 1;", ("=r",), [], gl.int32, is_pure=False)
+
+
+@gluon.jit
+def _soften(call, scores, reference, before, sums, acc, DTYPE: gl.constexpr):
+    """`(operand, alpha, sums)`: probabilities, and what sums and output of the reference `before` are multiplied with."""
+    p, shift = probabilities(scores, call.scale_log2, reference)
+    alpha = gl.exp2(before - shift)
+    return as_operand(p, acc, DTYPE), alpha, scale_sums(sums, alpha) + partial_sums(p, call.COLUMNS)
+
+
+@gluon.jit
+def _step(call, shared, item, visible, operand, acc, reference, sums, tile, j, turn, MASKED: gl.constexpr,
+          GROUP: gl.constexpr, DTYPE: gl.constexpr, LAZY: gl.constexpr, FENCED: gl.constexpr):  # fmt: skip
     slot = ring_slot(tile, call.STAGES)
     before = ring_slot(tile - 1, call.STAGES)
     zeros = gl.full([BLOCK_ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
@@ -40,19 +59,31 @@ def _step(call, shared, item, visible, operand, acc, m, sums, tile, j, turn, MAS
     arrive_warp(shared.k_free.index(slot))
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
-    tile_maximum = gl.max(scores, 1) * call.scale_log2
-    p, alpha, m, sums = exponentials(scores, call.scale_log2, m, tile_maximum, sums, call.COLUMNS)
-    following = as_operand(p, acc, DTYPE)
-    # Waiting here for the V tile of the next step keeps the exponentials in front of the wait for the products: without
-    # a branch between them ptxas moves the exponentials behind that wait, and nothing overlaps.
+    following_reference = gl.maximum(reference, gl.max(scores, 1) * call.scale_log2)
+    if LAZY:
+        rises = any_row_of_warp(following_reference - reference > LAG)
+        following_reference = gl.where(rises > 0, following_reference, reference)
+    if FENCED:
+        following = operand
+        alpha = reference
+        if _opaque_one() > 0:  # a block of its own, out of which ptxas does not move the exponentials
+            following, alpha, sums = _soften(call, scores, following_reference, reference, sums, acc, DTYPE)
+    else:
+        following, alpha, sums = _soften(call, scores, following_reference, reference, sums, acc, DTYPE)
     mbarrier.wait(shared.v_full.index(slot), ring_phase(tile, call.STAGES))
     acc, operand, following = warpgroup_mma_wait(0, deps=(acc_token, operand, following))
     arrive_warp(shared.v_free.index(before))
-    return following, rescale(acc, alpha), m, sums
+    if LAZY:
+        if rises > 0:
+            acc = rescale(acc, alpha)
+    else:
+        acc = rescale(acc, alpha)
+    return following, acc, following_reference, sums
 
 
 @gluon.jit
-def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q: gl.constexpr):
+def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q: gl.constexpr, LAZY: gl.constexpr,
+                  FENCED: gl.constexpr):  # fmt: skip
     """One consumer warpgroup: 64 rows of every item."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.HEAD, 16])
     sequence = 0
@@ -76,21 +107,24 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q
         arrive_warp(shared.k_free.index(slot))
         if whole == 0:
             scores = hide_columns(scores, 0, visible, call.COLUMNS)
-        tile_maximum = gl.max(scores, 1) * call.scale_log2
-        p, _, m, sums = exponentials(scores, call.scale_log2, first_maximum(item, rows), tile_maximum,
-                                      no_sums(call.COLUMNS), call.COLUMNS)  # fmt: skip
         acc = gl.full([BLOCK_ROWS, call.HEAD], 0.0, gl.float32, ACC)
-        operand = as_operand(p, acc, DTYPE)
+        nothing = first_maximum(item, rows)
+        reference = gl.maximum(nothing, gl.max(scores, 1) * call.scale_log2)
+        operand, _, sums = _soften(call, scores, reference, nothing, no_sums(call.COLUMNS), acc, DTYPE)
         mbarrier.wait(shared.v_full.index(slot), ring_phase(base, call.STAGES))
 
         whole = gl.maximum(gl.minimum(whole, item.tiles), 1)
         for j in range(1, whole):
-            operand, acc, m, sums = _step(call, shared, item, visible, operand, acc, m, sums, base + j, j, turn, False,
-                                          GROUP, DTYPE)  # fmt: skip
+            operand, acc, reference, sums = _step(
+                call, shared, item, visible, operand, acc, reference, sums, base + j, j, turn, False, GROUP, DTYPE, LAZY,
+                FENCED,
+            )  # fmt: skip
             turn += 1
         for j in range(whole, item.tiles):
-            operand, acc, m, sums = _step(call, shared, item, visible, operand, acc, m, sums, base + j, j, turn, True,
-                                          GROUP, DTYPE)  # fmt: skip
+            operand, acc, reference, sums = _step(
+                call, shared, item, visible, operand, acc, reference, sums, base + j, j, turn, True, GROUP, DTYPE, LAZY,
+                FENCED,
+            )  # fmt: skip
             turn += 1
 
         if not O_IN_Q:
@@ -103,7 +137,7 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q
         arrive_warp(shared.v_free.index(slot))
 
         item = shared.read_item(sequence)
-        store_output(call, shared, item, acc, m, sums, DTYPE, GROUP, O_IN_Q)
+        store_output(call, shared, item, acc, reference, sums, DTYPE, GROUP, O_IN_Q)
         add_counts(call, item, 0, existing_tiles(call, item, GROUP), GROUP)
         shared.release_item(sequence)
         base += item.tiles

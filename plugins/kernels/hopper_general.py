@@ -70,6 +70,7 @@ def consume_general(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN
         visible = item.visible_columns(call, rows)
 
         m = first_maximum(item, rows)
+        reference = m
         sums = no_sums(call.COLUMNS)
         acc = gl.full([BLOCK_ROWS, call.HEAD], 0.0, gl.float32, ACC)
         kept = 0
@@ -92,15 +93,15 @@ def consume_general(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN
             mbarrier.wait(shared.v_full.index(slot), ring_phase(tile, call.STAGES))
             if j == item.tiles - 1:
                 cleaned = clean_values(call, shared, item, slot, cleaned, GROUP)
-            m, sums, acc, kept = use_tile(
-                call, shared, scores, 1.0, tile_maximum, keep, m, sums, acc, kept, slot, DTYPE
+            m, reference, sums, acc, kept = use_tile(
+                call, shared, scores, 1.0, tile_maximum, keep, m, reference, sums, acc, kept, slot, DTYPE
             )
             arrive_warp(shared.v_free.index(slot))
 
         if not O_IN_Q:
             arrive_warp(shared.q_free.index(GROUP))
         item = shared.read_item(sequence)
-        store_output(call, shared, item, acc, m, sums, DTYPE, GROUP, O_IN_Q)
+        store_output(call, shared, item, acc, reference, sums, DTYPE, GROUP, O_IN_Q)
         add_counts(call, item, exist - kept, exist, GROUP)
         shared.release_item(sequence)
         base += item.tiles

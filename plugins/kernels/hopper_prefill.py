@@ -10,9 +10,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 
 @gluon.jit
-def _consume(call, shared, GROUP: gl.constexpr, SCHEDULE: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q: gl.constexpr):
+def _consume(call, shared, GROUP: gl.constexpr, SCHEDULE: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q: gl.constexpr,
+             LAZY: gl.constexpr, FENCED: gl.constexpr):  # fmt: skip
     if SCHEDULE == "dense":
-        consume_dense(call, shared, GROUP, DTYPE, O_IN_Q)
+        consume_dense(call, shared, GROUP, DTYPE, O_IN_Q, LAZY, FENCED)
     elif SCHEDULE == "skip":
         consume_skip(call, shared, GROUP, DTYPE, O_IN_Q)
     elif SCHEDULE == "general":
@@ -37,7 +38,7 @@ def prefill(
     softcap_rate, bias, bias_bool, bias_batch, bias_head, bias_row, bias_column,
     DTYPE: gl.constexpr, HEAD: gl.constexpr, GROUPS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
     SCHEDULE: gl.constexpr, CAUSAL: gl.constexpr, JOINT: gl.constexpr, O_IN_Q: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr,
+    LAZY: gl.constexpr, FENCED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     call = Call(
         q, k, v, o, kv_lengths, q_start, q_lengths, threshold_scale, sinks, counts, lse, counter, given, heads_q, group,
@@ -68,14 +69,14 @@ def prefill(
     fence_async_shared()
     if GROUPS == 2:
         gl.warp_specialize([
-            (_consume, (call, shared, 0, SCHEDULE, DTYPE, O_IN_Q)),
-            (_consume, (call, shared, 1, SCHEDULE, DTYPE, O_IN_Q)),
+            (_consume, (call, shared, 0, SCHEDULE, DTYPE, O_IN_Q, LAZY, FENCED)),
+            (_consume, (call, shared, 1, SCHEDULE, DTYPE, O_IN_Q, LAZY, FENCED)),
             (produce, (call, shared)),
         ], [4, 4], [CONSUMER_REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (call, shared, 0, SCHEDULE, DTYPE, O_IN_Q)),
-            (_consume, (call, shared, 1, SCHEDULE, DTYPE, O_IN_Q)),
-            (_consume, (call, shared, 2, SCHEDULE, DTYPE, O_IN_Q)),
+            (_consume, (call, shared, 0, SCHEDULE, DTYPE, O_IN_Q, LAZY, FENCED)),
+            (_consume, (call, shared, 1, SCHEDULE, DTYPE, O_IN_Q, LAZY, FENCED)),
+            (_consume, (call, shared, 2, SCHEDULE, DTYPE, O_IN_Q, LAZY, FENCED)),
             (produce, (call, shared)),
         ], [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 24])  # fmt: skip

@@ -17,7 +17,6 @@ from hopper_softmax import (
     first_maximum,
     hide_columns,
     no_sums,
-    rescale,
     rows_layout,
     scores_layout,
     store_output,
@@ -45,19 +44,19 @@ def finish_scores(call, shared, token, tile):
 
 
 @gluon.jit
-def use_tile(call, shared, scores, scale, tile_maximum, keep, m, sums, acc, kept, slot, DTYPE: gl.constexpr):
+def use_tile(call, shared, scores, scale, tile_maximum, keep, m, reference, sums, acc, kept, slot, DTYPE: gl.constexpr):
     """Softmax and product with V, if the tile is kept."""
     if keep > 0:
-        p, alpha, m, sums = exponentials(scores, scale, m, tile_maximum, sums, call.COLUMNS)
-        acc = rescale(acc, alpha)
+        m = gl.maximum(m, tile_maximum)
+        p, reference, sums, acc = exponentials(scores, scale, reference, m, sums, acc, call.COLUMNS)
         token = warpgroup_mma(as_operand(p, acc, DTYPE), shared.v.index(slot), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(token,))
         kept += 1
-    return m, sums, acc, kept
+    return m, reference, sums, acc, kept
 
 
 @gluon.jit
-def _step(call, shared, item, visible, scores, m, sums, acc, kept, base, j, MASKED: gl.constexpr, GROUP: gl.constexpr,
+def _step(call, shared, item, visible, scores, m, reference, sums, acc, kept, base, j, MASKED: gl.constexpr, GROUP: gl.constexpr,
           DTYPE: gl.constexpr):  # fmt: skip
     """Tile j, with the scores of tile j + 1 computed meanwhile."""
     tile = base + j
@@ -68,12 +67,12 @@ def _step(call, shared, item, visible, scores, m, sums, acc, kept, base, j, MASK
     keep = decide(call, shared, tile_maximum, m, item.log2_threshold, tile, GROUP)
     slot = ring_slot(tile, call.STAGES)
     mbarrier.wait(shared.v_full.index(slot), ring_phase(tile, call.STAGES))
-    m, sums, acc, kept = use_tile(
-        call, shared, scores, call.scale_log2, tile_maximum, keep, m, sums, acc, kept, slot, DTYPE
+    m, reference, sums, acc, kept = use_tile(
+        call, shared, scores, call.scale_log2, tile_maximum, keep, m, reference, sums, acc, kept, slot, DTYPE
     )
     following = finish_scores(call, shared, token, tile + 1)
     arrive_warp(shared.v_free.index(slot))
-    return following, m, sums, acc, kept
+    return following, m, reference, sums, acc, kept
 
 
 @gluon.jit
@@ -92,18 +91,19 @@ def consume_skip(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q:
         whole = gl.minimum(whole, item.tiles - 1)  # the last tile has its own step
 
         m = first_maximum(item, rows)
+        reference = m
         sums = no_sums(call.COLUMNS)
         acc = gl.full([BLOCK_ROWS, call.HEAD], 0.0, gl.float32, ACC)
         kept = 0
         mbarrier.wait(shared.q_full.index(GROUP), sequence & 1)
         scores = finish_scores(call, shared, start_scores(call, shared, base, GROUP), base)
         for pair in range(whole // 2):
-            odd, m, sums, acc, kept = _step(call, shared, item, visible, scores, m, sums, acc, kept, base, 2 * pair,
+            odd, m, reference, sums, acc, kept = _step(call, shared, item, visible, scores, m, reference, sums, acc, kept, base, 2 * pair,
                                             False, GROUP, DTYPE)  # fmt: skip
-            scores, m, sums, acc, kept = _step(call, shared, item, visible, odd, m, sums, acc, kept, base, 2 * pair + 1,
+            scores, m, reference, sums, acc, kept = _step(call, shared, item, visible, odd, m, reference, sums, acc, kept, base, 2 * pair + 1,
                                             False, GROUP, DTYPE)  # fmt: skip
         for j in range(whole // 2 * 2, item.tiles - 1):
-            scores, m, sums, acc, kept = _step(call, shared, item, visible, scores, m, sums, acc, kept, base, j, True,
+            scores, m, reference, sums, acc, kept = _step(call, shared, item, visible, scores, m, reference, sums, acc, kept, base, j, True,
                                             GROUP, DTYPE)  # fmt: skip
 
         if not O_IN_Q:
@@ -115,13 +115,13 @@ def consume_skip(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q:
         keep = decide(call, shared, tile_maximum, m, item.log2_threshold, last, GROUP)
         mbarrier.wait(shared.v_full.index(slot), ring_phase(last, call.STAGES))
         cleaned = clean_values(call, shared, item, slot, cleaned, GROUP)
-        m, sums, acc, kept = use_tile(
-            call, shared, scores, call.scale_log2, tile_maximum, keep, m, sums, acc, kept, slot, DTYPE
+        m, reference, sums, acc, kept = use_tile(
+            call, shared, scores, call.scale_log2, tile_maximum, keep, m, reference, sums, acc, kept, slot, DTYPE
         )
         arrive_warp(shared.v_free.index(slot))
 
         item = shared.read_item(sequence)
-        store_output(call, shared, item, acc, m, sums, DTYPE, GROUP, O_IN_Q)
+        store_output(call, shared, item, acc, reference, sums, DTYPE, GROUP, O_IN_Q)
         exist = existing_tiles(call, item, GROUP)
         add_counts(call, item, exist - kept, exist, GROUP)
         shared.release_item(sequence)
@@ -144,6 +144,7 @@ def consume_plain(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q
         whole = item.visible_columns(call, first_row) // call.COLUMNS
 
         m = first_maximum(item, rows)
+        reference = m
         sums = no_sums(call.COLUMNS)
         acc = gl.full([BLOCK_ROWS, call.HEAD], 0.0, gl.float32, ACC)
         kept = 0
@@ -159,15 +160,15 @@ def consume_plain(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q
             mbarrier.wait(shared.v_full.index(slot), ring_phase(tile, call.STAGES))
             if j == item.tiles - 1:
                 cleaned = clean_values(call, shared, item, slot, cleaned, GROUP)
-            m, sums, acc, kept = use_tile(
-                call, shared, scores, call.scale_log2, tile_maximum, keep, m, sums, acc, kept, slot, DTYPE
+            m, reference, sums, acc, kept = use_tile(
+                call, shared, scores, call.scale_log2, tile_maximum, keep, m, reference, sums, acc, kept, slot, DTYPE
             )
             arrive_warp(shared.v_free.index(slot))
 
         if not O_IN_Q:
             arrive_warp(shared.q_free.index(GROUP))
         item = shared.read_item(sequence)
-        store_output(call, shared, item, acc, m, sums, DTYPE, GROUP, O_IN_Q)
+        store_output(call, shared, item, acc, reference, sums, DTYPE, GROUP, O_IN_Q)
         exist = existing_tiles(call, item, GROUP)
         add_counts(call, item, exist - kept, exist, GROUP)
         shared.release_item(sequence)

@@ -2,6 +2,10 @@
 
 Scores are kept in log2 units (scores * scale * log2(e)). A thread holds parts of two rows; row sums stay per thread
 until the epilogue, so that no shuffle is paid per tile for them.
+
+Exponents are relative to a `reference`: the running maximum, or one that follows it only when it is LAG behind, because
+multiplying the output costs as much as a quarter of a tile's softmax and in most tiles no maximum rises. What is summed
+and what is multiplied with V carry the same factor, so nothing but rounding changes. Decisions use the true maximum.
 """
 
 from hopper_common import (
@@ -21,6 +25,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+LAG = gl.constexpr(8.0)  # log2 units a reference may lag behind: probabilities stay below 2**8, fit for float16
 VOTE_BARRIER = gl.constexpr(8)  # first named barrier of the votes, above those Triton uses
 
 
@@ -96,22 +101,45 @@ def no_sums(COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def exponentials(scores, scale, m, tile_maximum, sums, COLUMNS: gl.constexpr):
-    """One online-softmax update: `(p, alpha, m, sums)`, alpha being what the output must be multiplied with."""
-    new_m = gl.maximum(m, tile_maximum)
-    shift = gl.where(new_m == float("-inf"), 0.0, new_m)  # a row that has seen nothing: -inf - -inf would be NaN
-    p = gl.exp2(scores * scale - shift[:, None])
-    alpha = gl.exp2(m - shift)
-    part = partial_sums(p, COLUMNS)
-    SUMS: gl.constexpr = part.type.layout
-    sums = sums * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None] + part
-    return p, alpha, new_m, sums
+def any_row_of_warp(wants):
+    """1 if `wants` (bool per row) holds for some row of this warp, else 0."""
+    return gl.inline_asm(
+        "{ .reg .pred wanted; .reg .b32 any; or.b32 any, $1, $2; setp.ne.b32 wanted, any, 0;"
+        " vote.sync.any.pred wanted, wanted, 0xffffffff; selp.s32 $0, 1, 0, wanted; }",
+        ("=r", "r"), [wants.to(gl.int32)], gl.int32, is_pure=False,
+    )  # fmt: skip
+
+
+@gluon.jit
+def probabilities(scores, scale, reference):
+    """2 ** (scores - reference), and what the reference counts as for rows that have seen nothing yet."""
+    shift = gl.where(reference == float("-inf"), 0.0, reference)  # -inf - -inf would be NaN
+    return gl.exp2(scores * scale - shift[:, None]), shift
+
+
+@gluon.jit
+def scale_sums(sums, alpha):
+    SUMS: gl.constexpr = sums.type.layout
+    return sums * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None]
 
 
 @gluon.jit
 def rescale(acc, alpha):
     ACC: gl.constexpr = acc.type.layout
     return acc * gl.convert_layout(alpha, gl.SliceLayout(1, ACC))[:, None]
+
+
+@gluon.jit
+def exponentials(scores, scale, reference, m, sums, acc, COLUMNS: gl.constexpr):
+    """One online-softmax update with the running maximum `m`: `(p, reference, sums, acc)`."""
+    if any_row_of_warp(m - reference > LAG) > 0:
+        shift = gl.where(m == float("-inf"), 0.0, m)
+        alpha = gl.exp2(reference - shift)
+        sums = scale_sums(sums, alpha)
+        acc = rescale(acc, alpha)
+        reference = m
+    p, _ = probabilities(scores, scale, reference)
+    return p, reference, sums + partial_sums(p, COLUMNS), acc
 
 
 @gluon.jit
@@ -160,20 +188,20 @@ def clean_values(call, shared, item, slot, cleaned, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def store_output(call, shared, item, acc, m, sums, DTYPE: gl.constexpr, GROUP: gl.constexpr, O_IN_Q: gl.constexpr):
+def store_output(call, shared, item, acc, reference, sums, DTYPE: gl.constexpr, GROUP: gl.constexpr, O_IN_Q: gl.constexpr):
     """Normalises and writes 64 rows; the copy engine clips what lies beyond the tensor."""
     ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     rows = item.row0 + GROUP * BLOCK_ROWS + gl.arange(0, BLOCK_ROWS, rows_layout(call.COLUMNS))
     total = gl.convert_layout(gl.sum(sums, 1), rows.type.layout)
     if call.has(HAS_LSE):
-        value = gl.where(total > 0, (m + gl.log2(total)) * 0.6931471805599453, float("-inf"))
+        value = gl.where(total > 0, (reference + gl.log2(total)) * 0.6931471805599453, float("-inf"))
         place = (item.batch * call.heads_q + item.head).to(gl.int64) * call.seq_q
         value = gl.where(rows < item.q_end, value, float("-inf"))
         gl.store(call.lse + place + rows, value, mask=rows < call.seq_q)
     weight = total
     if call.has(HAS_SINKS):
         sink = gl.load(call.sinks + item.head).to(gl.float32) * 1.4426950408889634
-        weight = total + gl.exp2(sink - m)
+        weight = total + gl.exp2(sink - reference)
     weight = gl.where((total > 0) & (rows < item.q_end), 1.0 / weight, 0.0)
     weight = gl.convert_layout(weight, ROWS)[:, None]
     # a row without weight is zero whatever a NaN in V made of its sum

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 DTYPES = ("fp16", "bf16")
 HEADS = (64, 128, 256)
 ACCEPTED_SPILLS = {
-    ("dense", 64): 96, ("skip", 64): 96, ("general", 64): 2560,
+    ("dense", 64): 640, ("skip", 64): 96, ("general", 64): 2560,
     ("dense", 128): 96, ("skip", 128): 160, ("general", 128): 3328,
     ("dense", 256): 224, ("skip", 256): 320, ("general", 256): 7168,
 }  # fmt: skip
@@ -34,6 +34,8 @@ class Specialisation:
         registers: registers a thread of a consumer may use.
         spills: bytes of spilled registers that are accepted; more fails the build.
         output_in_q: the output is staged in Q's shared memory, where there is no room of its own for it.
+        lazy: the dense schedule multiplies its output only where a maximum rises (the others always do so).
+        fenced: the dense schedule's exponentials form a block of their own.
     """
 
     dtype: str
@@ -47,6 +49,8 @@ class Specialisation:
     registers: int
     spills: int
     output_in_q: bool
+    lazy: bool
+    fenced: bool
 
     @property
     def name(self) -> str:
@@ -63,8 +67,8 @@ def _specialise(dtype: str, head: int, role: str, causal: bool, joint: bool) -> 
     groups, columns, stages, registers, schedule = 2, 128, 2, 240, role
     if head == 64 and role != "general":
         stages = 4
-    if head == 64 and role == "skip" and not joint:
-        groups, registers, schedule = 3, 160, "plain"
+        if role == "dense":
+            groups, registers = 3, 160
     if head == 256:
         stages = 1
         if role == "dense":
@@ -73,7 +77,7 @@ def _specialise(dtype: str, head: int, role: str, causal: bool, joint: bool) -> 
             schedule = "plain"
     return Specialisation(
         dtype, head, schedule, causal, joint, groups, columns, stages, registers, ACCEPTED_SPILLS[role, head],
-        output_in_q=head == 256,
+        output_in_q=head == 256, lazy=head != 128, fenced=head == 256 and causal,
     )  # fmt: skip
 
 

@@ -172,8 +172,10 @@ def _store_wait(pending: int) -> None:
 def _inline_asm(asm: str, constraints: Any, args: list[Any], result_types: Any, is_pure: bool) -> Any:
     """The pieces of PTX the kernels contain: votes, arrivals, and words of shared memory."""
     assert not is_pure
-    if "barrier.cta.red.or.pred" in asm:  # the one thread here stands for all 128
+    if "red.or.pred" in asm or "vote.sync.any" in asm:  # the one thread here stands for all 128, of all warps
         return tile(int(bool((args[0] != 0).any())))
+    if asm == "mov.u32 $0, 1;":
+        return tile(1)
     if "bar.warp.sync" in asm:
         return args[0].arrive(WARPS)
     kinds = result_types if isinstance(result_types, tuple) else (result_types,)  # () where there is no result

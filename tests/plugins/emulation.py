@@ -147,7 +147,7 @@ class Emulation:
                 machine.local.program, machine.local.roles = program, []
                 prefill(
                     *values, values[0].memory.dtype, spec.head, spec.groups, spec.columns, spec.stages, spec.schedule,
-                    spec.causal, spec.joint, spec.output_in_q, spec.registers,
+                    spec.causal, spec.joint, spec.output_in_q, spec.lazy, spec.fenced, spec.registers,
                 )  # fmt: skip
                 roles += [_on_program(machine, program, role) for role in machine.local.roles]
             machine.run(roles)

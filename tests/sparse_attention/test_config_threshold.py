@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from sparse_attention.errors import CheckError, ConfigError, MissingError, ModelError, SparseAttentionError, UsageError
-from sparse_attention.threshold import PhaseThreshold, Thresholds
+from sparse_attention.threshold import PhaseThreshold, Thresholds, threshold_attributes
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,8 @@ def test_errors_say_everything_in_one_message():
     codes = {ConfigError: 2, UsageError: 2, MissingError: 3, ModelError: 2, CheckError: 1}
     assert {kind: kind("x").exit_code for kind in codes} == codes
     assert all(issubclass(kind, SparseAttentionError) for kind in codes)
+
+
+@pytest.mark.parametrize("value", [0, 0.25, {"decode": 0.1}, {"prefill": {"a": 3.0, "b": 2.0, "target": 0.5}}])
+def test_attributes_of_a_number_are_those_of_the_classes(value: object) -> None:
+    assert threshold_attributes(value) == Thresholds.of(value).attributes()
