@@ -43,7 +43,7 @@ def test_the_bits_of_given_are_the_same_in_python_and_c() -> None:
     kernel = dict(
         re.findall(r"^(\w+) = gl\.constexpr\((\d+)\)", (PLUGINS / "kernels/hopper_common.py").read_text(), re.M)
     )
-    host = dict(re.findall(r"^    k(\w+) = (\d+),", (PLUGINS / "csrc/launch.cpp").read_text(), re.M))
+    host = dict(re.findall(r"^    k(\w+) = (\d+),", (PLUGINS / "csrc/launch_hopper.cpp").read_text(), re.M))
     assert len(host) == 14
     for name, value in host.items():
         assert kernel.get(name, kernel.get(f"HAS_{name}")) == value, name

@@ -77,11 +77,12 @@ def test_supported(emulation: Emulation) -> None:
 
 def test_another_architecture_is_named(emulation: Emulation, tmp_path: Path) -> None:
     library = _library_of_its_own(emulation, tmp_path)
-    emulation.driver.emulated_capability_minor(3)
+    emulation.driver.emulated_capability(103)
     try:
-        assert "9.3" in library.refusal(call())
+        refusal = library.refusal(call())
+        assert "capability 10.3" in refusal and "sm_90a" in refusal
     finally:
-        emulation.driver.emulated_capability_minor(0)
+        emulation.driver.emulated_capability(90)
 
 
 def _library_of_its_own(emulation: Emulation, folder: Path) -> native.Library:
@@ -96,7 +97,7 @@ def test_workspace_is_required(emulation: Emulation) -> None:
 def test_params_of_another_version(emulation: Emulation) -> None:
     packed = bytearray(call().packed)
     packed[4] += 1
-    with pytest.raises(native.KernelError, match="abi_version 2"):
+    with pytest.raises(native.KernelError, match="abi_version 3"):
         emulation.library.launch(native.Call(bytes(packed), ()), 0)
 
 

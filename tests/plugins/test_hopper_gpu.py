@@ -30,12 +30,13 @@ def run(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor
     out = torch.full((batch, heads, rows, v.shape[3]), float("nan"), dtype=q.dtype, device="cuda")
     counts = torch.full((heads, 2), -7, dtype=torch.int32, device="cuda")
     lse = torch.full((batch, heads, rows), float("nan"), device="cuda")
-    workspace = torch.full((native.WORKSPACE_BYTES,), 255, dtype=torch.uint8, device="cuda")
     if options.get("bias") is not None:
         options["bias"] = options["bias"].expand(batch, heads, rows, k.shape[2])
     options.setdefault("scale", q.shape[3] ** -0.5)
-    call = native.pack(q, k, v, out, counts=counts, lse=lse, workspace=workspace, **options)
-    native.load_library().launch(call, torch.cuda.current_stream().cuda_stream)
+    library = native.load_library()
+    call = native.pack(q, k, v, out, counts=counts, lse=lse, **options)
+    workspace = torch.full((library.workspace_size(call),), 255, dtype=torch.uint8, device="cuda")
+    library.launch(call.with_workspace(workspace), torch.cuda.current_stream().cuda_stream)
     torch.cuda.synchronize()
     return out, counts, lse
 
