@@ -26,11 +26,12 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "kernels"))
 
+import decode_specifications  # noqa: E402
 import specifications  # noqa: E402
 from plain_kernel import ARCHITECTURES, SHARED_BYTES, PlainKernel  # noqa: E402
 from specifications import Specialisation  # noqa: E402
 
-FAMILIES: tuple[ModuleType, ...] = (specifications,)
+FAMILIES: tuple[ModuleType, ...] = (specifications, decode_specifications)
 TRITON_VERSION = "3.9.0"
 MANIFEST_VERSION = 2
 

@@ -19,8 +19,6 @@ namespace {
 using bsa::Choice;
 using bsa::Driver;
 using bsa::fail;
-using bsa::failCuda;
-using bsa::Family;
 using bsa::Kernel;
 
 bsa_status check(bsa_params const* params)
@@ -79,20 +77,11 @@ bsa_status launch(bsa_params const& params, void* stream)
     {
         return status;
     }
-    if (params.counts != nullptr)
-    {
-        auto const code = driver->cuMemsetD32Async(
-            reinterpret_cast<std::uint64_t>(params.counts), 0, 2 * static_cast<std::size_t>(params.heads_q), stream);
-        if (code != bsa::kCUDA_SUCCESS)
-        {
-            return failCuda(*driver, "cuMemsetD32Async", code);
-        }
-    }
     if (params.batch == 0 || params.seq_q == 0)
     {
-        return BSA_OK;
+        return bsa::clearCounts(*driver, params, stream);
     }
-    std::size_t const needed = bsa::workspaceSize(choice.family, params);
+    std::size_t const needed = bsa::workspaceSize(choice, params);
     if (params.workspace == nullptr || params.workspace_bytes < needed)
     {
         return fail(BSA_ERROR_WORKSPACE, "workspace has " + std::to_string(params.workspace_bytes) + " bytes, "
@@ -192,7 +181,7 @@ size_t bsa_workspace_size(bsa_params const* params)
             Choice choice;
             if (bsa::choose(*params, capability, choice, words))
             {
-                bytes = std::max(bytes, bsa::workspaceSize(choice.family, *params));
+                bytes = std::max(bytes, bsa::workspaceSize(choice, *params));
             }
         }
         return BSA_OK;

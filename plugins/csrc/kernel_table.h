@@ -21,7 +21,7 @@ struct Kernel {
     bool exact;       // runs on that capability alone ("sm_90a"); else also on later ones of the same generation
     int dtype;        // bsa_dtype
     int head;         // head size it is shaped for; narrower heads are filled up with zeros
-    char role;        // by family; prefill: 'd' dense, 's' skip, 'g' general
+    char role;        // prefill: 'd' dense, 's' skip, 'g' general; decode: 's' scores, 'v' values, 'c' combine
     bool causal;
     bool joint;   // decides 128 rows together, else 64
     int rows;     // query rows of a work item

@@ -1,16 +1,17 @@
 #include "launch.h"
 
+#include "failure.h"
+#include "launch_decode.h"
 #include "launch_hopper.h"
 
 namespace bsa {
 
-std::size_t workspaceSize(Family family, bsa_params const& params)
+std::size_t workspaceSize(Choice const& choice, bsa_params const& params)
 {
-    (void) params;
-    switch (family)
+    switch (choice.family)
     {
     case Family::kHOPPER: return kHOPPER_WORKSPACE_BYTES;
-    case Family::kDECODE:
+    case Family::kDECODE: return decodeWorkspace(choice, params).bytes;
     case Family::kPREFILL: break;
     }
     return 0;
@@ -22,10 +23,21 @@ bsa_status launchChoice(
     switch (choice.family)
     {
     case Family::kHOPPER: return launchHopper(driver, device, choice, params, stream);
-    case Family::kDECODE:
+    case Family::kDECODE: return launchDecode(driver, device, choice, params, stream);
     case Family::kPREFILL: break;
     }
-    return BSA_ERROR_INTERNAL;
+    return fail(BSA_ERROR_INTERNAL, "a kernel of this family cannot be launched");
+}
+
+bsa_status clearCounts(Driver const& driver, bsa_params const& params, void* stream)
+{
+    if (params.counts == nullptr)
+    {
+        return BSA_OK;
+    }
+    CudaResult const code = driver.cuMemsetD32Async(
+        reinterpret_cast<std::uint64_t>(params.counts), 0, 2 * static_cast<std::size_t>(params.heads_q), stream);
+    return code == kCUDA_SUCCESS ? BSA_OK : failCuda(driver, "cuMemsetD32Async", code);
 }
 
 } // namespace bsa

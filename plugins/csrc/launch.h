@@ -9,11 +9,14 @@
 
 namespace bsa {
 
-// Bytes of workspace that a call needs whose kernels belong to `family`; depends on sizes and options alone.
-std::size_t workspaceSize(Family family, bsa_params const& params);
+// Bytes of workspace that the chosen kernels need; depends on sizes and options alone.
+std::size_t workspaceSize(Choice const& choice, bsa_params const& params);
 
 // Enqueues the kernels of the call on `stream`.
 bsa_status launchChoice(
     Driver const& driver, Device& device, Choice const& choice, bsa_params const& params, void* stream);
+
+// Enqueues zeros into the tile counts, where the call has them.
+bsa_status clearCounts(Driver const& driver, bsa_params const& params, void* stream);
 
 } // namespace bsa

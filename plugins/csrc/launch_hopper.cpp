@@ -5,6 +5,8 @@
 #include "arguments.h"
 #include "driver.h"
 #include "failure.h"
+#include "given.h"
+#include "launch.h"
 
 #include <algorithm>
 #include <string>
@@ -13,28 +15,8 @@
 namespace bsa {
 namespace {
 
-constexpr double kLOG2_E = 1.4426950408889634;
 constexpr std::int64_t kL2_BYTES = 24'000'000; // K and V of the heads worked on together; half of an H100's L2
 constexpr std::int64_t kCAUSAL_HEADS = 4;      // and at most so many, see README.md
-
-// Bits of the kernels' argument `given`; hopper_common.py has the same list.
-enum Given : std::int32_t
-{
-    kKV_LENGTHS = 1,
-    kQ_START = 2,
-    kQ_LENGTHS = 4,
-    kTHRESHOLD_SCALE = 8,
-    kSINKS = 16,
-    kCOUNTS = 32,
-    kLSE = 64,
-    kCOUNTER = 128,
-    kADDITIVE_BIAS = 256,
-    kBOOL_BIAS = 512,
-    kRUN_WHERE_DENSE = 1024,
-    kRUN_WHERE_SPARSE = 2048,
-    kIS_CAUSAL = 4096,
-    kCOUNTS_128_ROWS = 8192,
-};
 
 bool encode(Driver const& driver, TensorMap& map, void const* address, int dtype, std::int64_t const stride[3],
     int batch, int heads, int sequence, int columns, int boxRows, int boxColumns, CudaResult& code)
@@ -112,17 +94,7 @@ bsa_status launchKernel(Driver const& driver, Device& device, Kernel const& kern
     }
 
     std::int32_t given = share == Share::kALL ? 0 : share == Share::kDENSE ? kRUN_WHERE_DENSE : kRUN_WHERE_SPARSE;
-    given |= p.kv_lengths != nullptr ? kKV_LENGTHS : 0;
-    given |= p.q_start != nullptr ? kQ_START : 0;
-    given |= p.q_lengths != nullptr ? kQ_LENGTHS : 0;
-    given |= p.threshold_scale != nullptr ? kTHRESHOLD_SCALE : 0;
-    given |= p.sinks != nullptr ? kSINKS : 0;
-    given |= p.counts != nullptr ? kCOUNTS : 0;
-    given |= p.lse != nullptr ? kLSE : 0;
-    given |= p.is_causal != 0 ? kIS_CAUSAL : 0;
-    given |= p.br == 128 ? kCOUNTS_128_ROWS : 0;
-    given |= p.bias_kind == BSA_BIAS_ADDITIVE ? kADDITIVE_BIAS : 0;
-    given |= p.bias_kind == BSA_BIAS_BOOL ? kBOOL_BIAS : 0;
+    given |= givenBy(p);
 
     unsigned const grid = static_cast<unsigned>(std::min<std::int64_t>(items, device.multiprocessors()));
     if (items > grid && (kernel.role != 'd' || kernel.causal))
@@ -136,12 +108,10 @@ bsa_status launchKernel(Driver const& driver, Device& device, Kernel const& kern
         }
     }
 
-    float scaleLog2 = static_cast<float>(p.scale * kLOG2_E);
+    Scaling scaling{p};
     float threshold = p.threshold;
     float thresholdFactor = p.threshold_factor;
     std::int32_t window = p.window;
-    float softcapLog2 = static_cast<float>(p.softcap * kLOG2_E);
-    float softcapRate = p.softcap > 0.0F ? static_cast<float>(2.0 * kLOG2_E * p.scale / p.softcap) : 0.0F;
     bsa_params pointers = p;
     std::int64_t biasStride[4] = {p.bias_stride[0], p.bias_stride[1], p.bias_stride[2], p.bias_stride[3]};
 
@@ -166,12 +136,12 @@ bsa_status launchKernel(Driver const& driver, Device& device, Kernel const& kern
     arguments.add(rowBlocks);
     arguments.add(heads);
     arguments.add(section);
-    arguments.add(scaleLog2);
+    arguments.add(scaling.scaleLog2);
     arguments.add(threshold);
     arguments.add(thresholdFactor);
     arguments.add(window);
-    arguments.add(softcapLog2);
-    arguments.add(softcapRate);
+    arguments.add(scaling.softcapLog2);
+    arguments.add(scaling.softcapRate);
     arguments.add(pointers.bias);
     arguments.add(pointers.bias);
     for (std::int64_t& stride : biasStride)
@@ -193,8 +163,8 @@ bsa_status launchHopper(
     auto* counters = static_cast<std::uint32_t*>(params.workspace);
     auto const [sparse, dense] = std::pair{choice.kernels[0], choice.kernels[1]};
     bool const both = sparse != nullptr && dense != nullptr;
-    bsa_status status = BSA_OK;
-    if (sparse != nullptr)
+    bsa_status status = clearCounts(driver, params, stream);
+    if (status == BSA_OK && sparse != nullptr)
     {
         status = launchKernel(
             driver, device, *sparse, params, both ? Share::kSPARSE : Share::kALL, counters, stream);

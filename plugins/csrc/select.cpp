@@ -1,6 +1,7 @@
 #include "select.h"
 
 #include "find.h"
+#include "launch_decode.h"
 
 #include <cmath>
 #include <cstdint>
@@ -28,6 +29,13 @@ bool alignedAddress(void const* address)
     return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
 }
 
+// The head size of the kernel that a call needs.
+int paddedHead(bsa_params const& p)
+{
+    int const widest = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
+    return widest <= 64 ? 64 : widest <= 128 ? 128 : kMAX_HEAD;
+}
+
 // What every family asks of the tensors.
 bool readable(bsa_params const& p, std::string& reason)
 {
@@ -53,6 +61,46 @@ bool readable(bsa_params const& p, std::string& reason)
     return true;
 }
 
+// What the host knows of the threshold. A positive one may still become zero by the scale, and 1 or more by a short
+// length; both are only known on the device.
+struct Threshold {
+    bool neverSkips;
+    bool mayBeDense;
+
+    explicit Threshold(bsa_params const& p)
+    {
+        bool const calibrated = p.threshold_factor > 0.0F;
+        neverSkips = !calibrated && !(p.threshold > 0.0F && (p.threshold_scale != nullptr || p.threshold < 1.0F));
+        mayBeDense = p.threshold_scale != nullptr || calibrated;
+    }
+};
+
+bool take(Wanted const& wanted, Kernel const*& kernel, std::string& reason)
+{
+    kernel = find(wanted);
+    if (kernel == nullptr)
+    {
+        reason = whyMissing(wanted);
+    }
+    return kernel != nullptr;
+}
+
+bool chooseDecode(bsa_params const& p, int capability, Choice& choice, std::string& reason)
+{
+    if (p.bc != kTILE_COLUMNS || (p.seq_q > 1 && p.br < p.seq_q))
+    {
+        reason = "tiles of " + number(p.br) + " x " + number(p.bc) + " are not compiled; supported are tiles of 128 keys"
+            " and of at least as many rows as seq_q, here " + number(p.seq_q);
+        return false;
+    }
+    choice = Choice{Family::kDECODE, {}};
+    auto const want = [&](char role, Kernel const*& kernel) {
+        return take({Family::kDECODE, capability, p.dtype, paddedHead(p), role}, kernel, reason);
+    };
+    return want('s', choice.kernels[0]) && (Threshold{p}.neverSkips || want('v', choice.kernels[1]))
+        && want('c', choice.kernels[2]);
+}
+
 bool chooseHopper(bsa_params const& p, int capability, Choice& choice, std::string& reason)
 {
     bool const singleRow = p.seq_q == 1;
@@ -64,34 +112,24 @@ bool chooseHopper(bsa_params const& p, int capability, Choice& choice, std::stri
     }
     if (p.unit != BSA_UNIT_HEAD && p.heads_q != p.heads_k)
     {
-        reason = "unit \"group\" is not compiled for grouped heads; use unit \"head\"";
+        reason = "unit \"group\" is not compiled for grouped heads and more than " + number(kDECODE_LANES)
+            + " query rows; use unit \"head\"";
         return false;
     }
-    int const widest = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
-    int const headSize = widest <= 64 ? 64 : widest <= 128 ? 128 : 256;
     // A single row is its own row block, so 64 rows of which one exists decide exactly as 1 x 128.
     bool const joint = !singleRow && p.br == 128;
     bool const general = p.bias_kind != BSA_BIAS_NONE || p.window > 0 || p.softcap > 0.0F;
-    // a positive threshold may still become zero by the scale, and 1 or more by a short length
-    bool const calibrated = p.threshold_factor > 0.0F;
-    bool const neverSkips = !calibrated && !(p.threshold > 0.0F && (p.threshold_scale != nullptr || p.threshold < 1.0F));
-    bool const mayBeDense = p.threshold_scale != nullptr || calibrated;
-
-    auto const want = [&](char role, Kernel const*& kernel) {
-        Wanted const wanted{Family::kHOPPER, capability, p.dtype, headSize, role, p.is_causal != 0, joint};
-        kernel = find(wanted);
-        if (kernel == nullptr)
-        {
-            reason = whyMissing(wanted);
-        }
-        return kernel != nullptr;
-    };
+    Threshold const threshold{p};
     choice = Choice{Family::kHOPPER, {}};
+    auto const want = [&](char role, Kernel const*& kernel) {
+        return take({Family::kHOPPER, capability, p.dtype, paddedHead(p), role, p.is_causal != 0, joint}, kernel, reason);
+    };
     if (general)
     {
         return want('g', choice.kernels[0]);
     }
-    return (neverSkips || want('s', choice.kernels[0])) && (!(neverSkips || mayBeDense) || want('d', choice.kernels[1]));
+    return (threshold.neverSkips || want('s', choice.kernels[0]))
+        && (!(threshold.neverSkips || threshold.mayBeDense) || want('d', choice.kernels[1]));
 }
 
 } // namespace
@@ -132,7 +170,22 @@ bool validate(bsa_params const& p, std::string& reason)
 
 bool choose(bsa_params const& p, int capability, Choice& choice, std::string& reason)
 {
-    return readable(p, reason) && chooseHopper(p, capability, choice, reason);
+    if (!readable(p, reason))
+    {
+        return false;
+    }
+    bool const fewRows = p.seq_q >= 1 && p.seq_q <= kDECODE_LANES;
+    if (fewRows && chooseDecode(p, capability, choice, reason))
+    {
+        return true;
+    }
+    std::string prefillReason;
+    if (chooseHopper(p, capability, choice, prefillReason))
+    {
+        return true;
+    }
+    reason = fewRows ? reason : prefillReason;
+    return false;
 }
 
 } // namespace bsa

@@ -14,6 +14,8 @@ constexpr int kANY_CAPABILITY = 0; // no device is known: any compiled architect
 // The kernels of a call; which place means what, and which may be null, is the family's own affair.
 //     kHOPPER: 0 the skipping kernel, 1 the dense one. Both where the threshold is only known on the device: each
 //              computes the batch entries that are its own.
+//     kDECODE: 0 scores (and the products with V of dense batch entries), 1 the products of those that skip, null where
+//              none can, 2 the sum of the partial results.
 struct Choice {
     Family family{Family::kHOPPER};
     Kernel const* kernels[kMAX_KERNELS]{};

@@ -40,7 +40,7 @@ class PlainKernel:
     module: str
     function: str
     arguments: str
-    constants: tuple[tuple[str, int | bool | str], ...]
+    constants: tuple[tuple[str, int | float | bool], ...]
     architecture: int
     dtype: str
     head: int

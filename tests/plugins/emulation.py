@@ -146,18 +146,12 @@ class Emulation:
         return 0
 
     def _interpret(self, spec: Any, grid: tuple[int, int, int], arguments: Any) -> None:
-        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[spec.dtype]
-        values = dict(spec.constants)
+        values = {}
         for place, entry in enumerate(spec.arguments.split()):
             name, kind, *divisor = entry.split(":")
-            value = _argument(arguments[place], kind.replace("*T", "*"), dtype)
-            number = ctypes.c_uint64.from_address(arguments[place]).value if kind[0] == "*" else int(value)
-            assert not divisor or number % int(divisor[0]) == 0, f"{name} is no multiple of {divisor[0]}"
-            if isinstance(value, Pointer):
-                values[name] = torch.empty(0, dtype=dtype) if value.memory is None else value.memory
-            else:
-                values[name] = value.item()
-        run_kernel(spec.module, spec.function, grid, values)
+            values[name] = SCALARS.get(kind, ctypes.c_uint64).from_address(arguments[place]).value
+            assert not divisor or values[name] % int(divisor[0]) == 0, f"{name} is no multiple of {divisor[0]}"
+        run_kernel(spec, grid, values)
 
     def _execute(self, spec: Any, grid: int, arguments: Any) -> None:
         values: list[Any] = []

@@ -35,6 +35,7 @@ def interpreting() -> Iterator[None]:
     sys.path.insert(0, str(KERNELS))
     os.environ[VARIABLE] = "1"
     try:
+        _multiply_bfloat16()
         yield
     finally:
         sys.path.remove(str(KERNELS))
@@ -47,7 +48,37 @@ def interpreting() -> Iterator[None]:
         sys.modules.update(others)
 
 
-def run_kernel(module: str, function: str, grid: tuple[int, int, int], arguments: dict[str, Any]) -> None:
-    """Runs every program of `grid`; `arguments` by name: tensors, numbers, constants."""
+def _multiply_bfloat16() -> None:
+    """Triton 3.9's interpreter multiplies the bit patterns of bfloat16 matrices; here they are widened first."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    original = interpreter.InterpreterBuilder.create_dot
+    if original.__name__ != "create_dot":
+        return
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == language.bfloat16:
+            a, b = (self.cast_impl(x, language.float32) for x in (a, b))
+        return original(self, a, b, *rest)
+
+    interpreter.InterpreterBuilder.create_dot = dot
+
+
+def run_kernel(spec: Any, grid: tuple[int, int, int], values: dict[str, int | float]) -> None:
+    """Runs every program of `grid` of a `PlainKernel`; `values` has its arguments by name, pointers as addresses."""
     with interpreting():
-        getattr(importlib.import_module(module), function)[grid](**arguments)
+        function = getattr(importlib.import_module(spec.module), spec.function)
+        arguments = {name: _argument(kind, values[name]) for name, kind in spec.signature.items() if name in values}
+        function[grid](**arguments, **dict(spec.constants))
+
+
+def _argument(kind: str, value: int | float) -> Any:
+    """A scalar of exactly that type, which the interpreter would otherwise guess from the value."""
+    import numpy
+    from triton import language
+    from triton.runtime.interpreter import TensorHandle
+
+    scalar = {"i32": numpy.int32, "i64": numpy.int64, "fp32": numpy.float32}.get(kind, numpy.uint64)
+    ty = language.str_to_ty(kind, None)
+    return language.tensor(TensorHandle(numpy.array([value], dtype=scalar), ty), ty)

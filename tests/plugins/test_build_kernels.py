@@ -40,13 +40,17 @@ def test_arguments_are_in_the_order_of_the_kernel() -> None:
 
 
 def test_the_bits_of_given_are_the_same_in_python_and_c() -> None:
-    kernel = dict(
-        re.findall(r"^(\w+) = gl\.constexpr\((\d+)\)", (PLUGINS / "kernels/hopper_common.py").read_text(), re.M)
-    )
-    host = dict(re.findall(r"^    k(\w+) = (\d+),", (PLUGINS / "csrc/launch_hopper.cpp").read_text(), re.M))
-    assert len(host) == 14
-    for name, value in host.items():
-        assert kernel.get(name, kernel.get(f"HAS_{name}")) == value, name
+    host = dict(re.findall(r"^    k(\w+) = (\d+),", (PLUGINS / "csrc/given.h").read_text(), re.M))
+    assert len(host) == 15
+    found = set()
+    for file in ("hopper_common", "plain_common"):
+        text = (PLUGINS / f"kernels/{file}.py").read_text()
+        kernel = dict(re.findall(r"^(\w+) = [gt]l\.constexpr\((\d+)\)", text, re.M))
+        for name, value in host.items():
+            seen = kernel.get(name, kernel.get(f"HAS_{name}"))
+            assert seen in (None, value), name
+            found |= {name} if seen else set()
+    assert found == set(host)
 
 
 def test_a_subset_compiles(tmp_path: Path) -> None:
