@@ -108,7 +108,7 @@ def compile_kernel(spec: Specialisation | PlainKernel, output: Path) -> dict[str
 
     if triton.__version__ != TRITON_VERSION:
         raise BuildError(f"triton is {triton.__version__}; the kernels need exactly {TRITON_VERSION}")
-    source, capability, architecture, options = _hopper(spec) if isinstance(spec, Specialisation) else _plain(spec)
+    source, capability, architecture, options = _plain(spec) if isinstance(spec, PlainKernel) else _hopper(spec)
     # Triton itself binds every cubin from 9.0 on to one compute capability; this is where it asks
     compiler.sm_arch_from_capability = lambda _: architecture
     log = io.StringIO()
@@ -138,7 +138,7 @@ def compile_kernel(spec: Specialisation | PlainKernel, output: Path) -> dict[str
     threads = re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])
     registers = re.search(r"Used (\d+) registers", text)
     assert threads and registers
-    line: dict[str, Any] = {"family": "hopper", "rows": 64 * spec.groups} if isinstance(spec, Specialisation) else {}
+    line: dict[str, Any] = {} if isinstance(spec, PlainKernel) else {"family": "hopper", "rows": 64 * spec.groups}
     return {
         **line, **asdict(spec), "name": spec.name, "architecture": architecture, "capability": capability,
         "entry": kernel.metadata.name, "file": f"{spec.name}.cubin", "bytes": len(cubin), "threads": int(threads[1]),

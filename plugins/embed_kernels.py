@@ -20,7 +20,8 @@ def _table_line(kernel: dict[str, Any], index: int) -> str:
     rows = ", ".join(str(box[0]) for box in boxes)
     columns = ", ".join(str(box[1]) for box in boxes)
     fields = [
-        f'"{kernel["name"]}"', f'"{kernel["entry"]}"', f"Family::{FAMILIES[kernel['family']]}", kernel["capability"],
+        f'"{kernel["name"]}"', f'"{kernel["entry"]}"', f"Family::{FAMILIES[kernel['family']]}",
+        f'"{kernel["architecture"]}"', kernel["capability"],
         str(kernel["architecture"].endswith("a")).lower(), DTYPES[kernel["dtype"]], kernel["head"],
         f"'{ROLES[role(kernel)]}'", str(kernel["causal"]).lower(), str(kernel["joint"]).lower(), kernel["rows"],
         kernel["columns"], kernel["threads"], kernel["shared_bytes"], f"{{{rows}}}", f"{{{columns}}}",

@@ -82,7 +82,7 @@ bsa_status launch(bsa_params const& params, void* stream)
         return bsa::clearCounts(*driver, params, stream);
     }
     std::size_t const needed = bsa::workspaceSize(choice, params);
-    if (params.workspace == nullptr || params.workspace_bytes < needed)
+    if (needed > 0 && (params.workspace == nullptr || params.workspace_bytes < needed))
     {
         return fail(BSA_ERROR_WORKSPACE, "workspace has " + std::to_string(params.workspace_bytes) + " bytes, "
                 + std::to_string(needed) + " are needed");

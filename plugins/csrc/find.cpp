@@ -14,11 +14,6 @@ bool fits(Kernel const& kernel, Wanted const& wanted)
         && (!prefill || wanted.role == 'd' || kernel.joint == wanted.joint);
 }
 
-std::string architectureName(Kernel const& kernel)
-{
-    return "sm_" + std::to_string(kernel.architecture) + (kernel.exact ? "a" : "");
-}
-
 } // namespace
 
 std::string capabilityName(int capability)
@@ -31,7 +26,7 @@ std::string architectureList()
     std::set<std::pair<int, std::string>> names; // in the order of age
     for (std::size_t i = 0; i < kKERNEL_COUNT; ++i)
     {
-        names.emplace(kKERNELS[i].architecture, architectureName(kKERNELS[i]));
+        names.emplace(kKERNELS[i].architecture, kKERNELS[i].target);
     }
     std::string list;
     for (auto const& [age, name] : names)
@@ -71,7 +66,7 @@ std::string whyMissing(Wanted const& wanted)
     {
         if (fits(kKERNELS[i], wanted))
         {
-            others.insert(architectureName(kKERNELS[i]));
+            others.insert(kKERNELS[i].target);
         }
     }
     std::string const what = "the " + std::string(wanted.family == Family::kDECODE ? "decode" : "prefill")

@@ -17,8 +17,9 @@ struct Kernel {
     char const* name;
     char const* entry;
     Family family;
-    int architecture; // compute capability it was compiled for, times ten
-    bool exact;       // runs on that capability alone ("sm_90a"); else also on later ones of the same generation
+    char const* target; // as ptxas is told: "sm_90a"
+    int architecture;   // its compute capability, times ten
+    bool exact;         // runs on that capability alone ("a"); else also on later ones of the same generation
     int dtype;        // bsa_dtype
     int head;         // head size it is shaped for; narrower heads are filled up with zeros
     char role;        // prefill: 'd' dense, 's' skip, 'g' general; decode: 's' scores, 'v' values, 'c' combine

@@ -31,8 +31,8 @@ def _count_bits(x):
 
 @triton.jit
 def _places_of_bits(x):
-    """The places of the bits set, lowest first, four bits each in one number: an address that depends only on the loop's
-    own counter can be prefetched, one that is carried from turn to turn cannot."""
+    """The places of the bits set, lowest first, four bits each in one number: an address that depends on the loop's own
+    counter alone can be prefetched, one that is carried from turn to turn cannot."""
     place = tl.arange(0, WINDOW)
     nth = _count_bits(x & ((1 << place) - 1))
     return tl.sum(tl.where(((x >> place) & 1) != 0, place.to(tl.int64) << (4 * nth), 0), 0)
@@ -125,7 +125,7 @@ def values(
                 m_there = _maximum_before(chunk_max + neighbour * chunks * LANES, first, chunk0)
                 blocks_there = block_max + neighbour * chunks * PER_CHUNK * LANES
                 m_block_there = tl.load(blocks_there + lane_places(blocks[:, None]), mask=inside, other=float("-inf"))
-                theirs, sees_there, m_there = _decide(m_block_there, m_there, log2_lambda, BLOCK)
+                theirs, _sees, m_there = _decide(m_block_there, m_there, log2_lambda, BLOCK)
                 wants = wants | tl.reduce(theirs, 0, _either)
         else:
             wants = _any_of(wants, same_head)

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy
+
 KERNELS = Path(__file__).resolve().parents[2] / "plugins" / "kernels"
 VARIABLE = "TRITON_INTERPRET"
 _interpreting: dict[str, ModuleType] = {}
@@ -70,12 +72,12 @@ def run_kernel(spec: Any, grid: tuple[int, int, int], values: dict[str, int | fl
     with interpreting():
         function = getattr(importlib.import_module(spec.module), spec.function)
         arguments = {name: _argument(kind, values[name]) for name, kind in spec.signature.items() if name in values}
-        function[grid](**arguments, **dict(spec.constants))
+        with numpy.errstate(all="ignore"):  # infinities and NaN are meant
+            function[grid](**arguments, **dict(spec.constants))
 
 
 def _argument(kind: str, value: int | float) -> Any:
     """A scalar of exactly that type, which the interpreter would otherwise guess from the value."""
-    import numpy
     from triton import language
     from triton.runtime.interpreter import TensorHandle
 
