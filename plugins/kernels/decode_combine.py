@@ -1,5 +1,5 @@
-"""Last decode kernel: adds the chunks' partial results in their order; writes output and log-sum-exp, and counts the tiles
-of what was computed without skipping."""
+"""Last decode kernel: adds the chunks' partial results in their order; writes output and log-sum-exp, and counts the
+tiles of what was computed without skipping."""
 
 import triton
 import triton.language as tl

@@ -2,8 +2,8 @@
 
 A decode call has at most 16 query rows. The rows of the query heads that share a K/V head are computed together, as
 the 16 lanes of a tensor-core operand: an *item* is a batch entry, a K/V head and a block of 16 lanes. Its keys are cut
-into *chunks* of CHUNK keys; a program takes a run of chunks, and every chunk has a partial result of its own. So however
-many programs share the keys, the same numbers are added in the same order.
+into *chunks* of CHUNK keys; a program takes a run of chunks, and every chunk has a partial result of its own. So
+however many programs share the keys, the same numbers are added in the same order.
 
 Workspace, by item (csrc/launch_decode.cpp lays it out; float32 but for the probabilities):
     chunk_max, chunk_sum  [chunks, 16]         maximum of the chunk's scores; sum of exp2(score - maximum), kept tiles

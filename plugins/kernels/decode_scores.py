@@ -27,7 +27,8 @@ def _visible_scores(q, k, key, low, high, scale_log2, softcap_log2, softcap_rate
                     bias_column, given, HIDES: tl.constexpr):  # fmt: skip
     """Scores `[16, BLOCK]` of a block of keys, -inf where a lane does not see the key."""
     scores = tl.dot(q, k)
-    if softcap_log2 > 0:  # noqa: SIM108; softcap * tanh(scale * scores / softcap)
+    if softcap_log2 > 0:  # noqa: SIM108
+        # softcap * tanh(scale * scores / softcap)
         scores = softcap_log2 * (1 - 2 / (tl.exp2(scores * softcap_rate) + 1))
     else:
         scores = scores * scale_log2
