@@ -68,7 +68,7 @@ def default_cases(quick: bool = False) -> list[DecodeCase]:
 
 
 def plant(case: DecodeCase, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """q `[B, Hq, 1, D]`, k, v `[B, Hk, S, D] bfloat16`: keys of a wanted tile lie along a direction all queries share."""
+    """q `[B, Hq, 1, D]`, k, v `[B, Hk, S, D] bfloat16`: keys of wanted tiles lie along the queries' direction."""
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def normal(heads: int, rows: int) -> Tensor:

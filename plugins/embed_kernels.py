@@ -23,7 +23,8 @@ def _table_line(kernel: dict[str, Any], index: int) -> str:
         f'"{kernel["name"]}"', f'"{kernel["entry"]}"', f"Family::{FAMILIES[kernel['family']]}",
         f'"{kernel["architecture"]}"', kernel["capability"],
         str(kernel["architecture"].endswith("a")).lower(), DTYPES[kernel["dtype"]], kernel["head"],
-        f"'{ROLES[role(kernel)]}'", str(kernel["causal"]).lower(), str(kernel["joint"]).lower(), kernel["rows"],
+        f"'{ROLES[role(kernel)]}'", str(kernel["causal"]).lower(), str(kernel["joint"]).lower(),
+        str(kernel.get("early", False)).lower(), kernel["rows"],
         kernel["columns"], kernel["threads"], kernel["shared_bytes"], f"{{{rows}}}", f"{{{columns}}}",
         f"bsa_image_{index}",
     ]  # fmt: skip

@@ -25,6 +25,7 @@ struct Kernel {
     char role;        // prefill: 'd' dense, 's' skip, 'g' general; decode: 's' scores, 'v' values, 'c' combine
     bool causal;
     bool joint;   // decides 128 rows together, else 64
+    bool early;   // may be launched before the kernel in front of it has ended
     int rows;     // query rows of a work item
     int columns;  // key columns of a loaded tile
     int threads;

@@ -148,9 +148,11 @@ bsa_status launchDecode(
         {
             return fail(BSA_ERROR_CUDA, why);
         }
-        auto const grid = static_cast<unsigned>(kernel->role == 'c' ? outputs : programs);
-        CudaResult const code = driver.cuLaunchKernel(function, grid, 1, 1, static_cast<unsigned>(kernel->threads), 1,
-            1, static_cast<unsigned>(kernel->sharedBytes), stream, arguments.data(), nullptr);
+        LaunchAttribute early{kLAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION, 0, {1}};
+        LaunchConfig const config{{static_cast<unsigned>(kernel->role == 'c' ? outputs : programs), 1, 1},
+            {static_cast<unsigned>(kernel->threads), 1, 1}, static_cast<unsigned>(kernel->sharedBytes), stream, &early,
+            kernel->early ? 1U : 0U};
+        CudaResult const code = driver.cuLaunchKernelEx(&config, function, arguments.data(), nullptr);
         if (code != kCUDA_SUCCESS)
         {
             return failCuda(driver, kernel->name, code);

@@ -3,11 +3,11 @@ tiles of what was computed without skipping."""
 
 import triton
 import triton.language as tl
-from decode_common import CHUNK, LANES, TILE, chunks_seen, lane_places, lanes_of
+from decode_common import CHUNK, LANES, TILE, chunks_seen, lane_places, lanes_of, wait_for_last_kernel
 from plain_common import ALWAYS_KEEP, HAS_COUNTS, HAS_LSE, HAS_SINKS, LN_2, LOG2_E, batch_entry, log2_threshold
 
 SLICE = tl.constexpr(32)  # columns of the output a program computes
-ABREAST = tl.constexpr(32)  # chunks, or tiles, read at a time
+ABREAST = tl.constexpr(64)  # chunks, or tiles, read at a time
 
 
 @triton.jit
@@ -31,6 +31,7 @@ def combine(
     head_dim_v, rows, row_blocks, splits, chunks, scale_log2, threshold, threshold_factor, window, softcap_log2,
     softcap_rate, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
     bias_batch, bias_head, bias_row, bias_column, HEAD: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     SLICES: tl.constexpr = HEAD // SLICE
     program = tl.program_id(0)
@@ -46,6 +47,7 @@ def combine(
     column = part * SLICE + tl.arange(0, SLICE)
     partial += (item * chunks * rows + lane) * HEAD + column[None, :]
 
+    wait_for_last_kernel(EARLY)
     m = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     acc = tl.zeros([SLICE], tl.float32)
@@ -53,14 +55,14 @@ def combine(
         chunk = start + tl.arange(0, ABREAST)
         there = chunk < end
         sums = tl.load(chunk_sum + chunk * LANES, mask=there, other=0.0)
-        there = there & (sums != 0)  # a NaN goes on, a chunk of which nothing was kept has no partial result
         maxima = tl.load(chunk_max + chunk * LANES, mask=there, other=float("-inf"))
         added = tl.load(partial + chunk.to(tl.int64)[:, None] * rows * HEAD, mask=there[:, None], other=0.0)
         m_new = tl.maximum(m, tl.max(maxima, 0))
         alpha = tl.where(m == float("-inf"), 0.0, tl.exp2(m - m_new))
-        weight = tl.where(there, tl.exp2(maxima - m_new), 0.0)
+        kept = sums != 0  # of a chunk without a kept tile there is no partial result; a NaN goes on
+        weight = tl.where(kept, tl.exp2(maxima - m_new), 0.0)
         total = total * alpha + tl.sum(weight * sums, 0)
-        acc = acc * alpha + tl.sum(weight[:, None] * added, 0)
+        acc = acc * alpha + tl.sum(tl.where(kept[:, None], weight[:, None] * added, 0.0), 0)
         m = m_new
 
     weight = total

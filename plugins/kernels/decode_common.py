@@ -16,10 +16,25 @@ Scores are in log2 units (scores * log2(e)).
 import triton
 import triton.language as tl
 from plain_common import batch_entry, seen_by
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LANES = tl.constexpr(16)
 CHUNK = tl.constexpr(512)  # keys of a partial result
 TILE = tl.constexpr(128)  # keys of a decision
+
+
+@triton.jit
+def let_next_kernel_start(EARLY: tl.constexpr):
+    """From 9.0 on: the next kernel may take the place that this one leaves, up to its `wait_for_last_kernel`."""
+    if EARLY:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_last_kernel(EARLY: tl.constexpr):
+    """Behind it the kernel before has ended, and with it those before that one: every program of each passes here."""
+    if EARLY:
+        gdc_wait()
 
 
 @triton.jit

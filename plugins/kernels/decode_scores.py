@@ -2,7 +2,17 @@
 
 import triton
 import triton.language as tl
-from decode_common import CHUNK, LANES, blocks_of, chunks_seen, lane_places, lanes_of, share_of, unpack_item
+from decode_common import (
+    CHUNK,
+    LANES,
+    blocks_of,
+    chunks_seen,
+    lane_places,
+    lanes_of,
+    let_next_kernel_start,
+    share_of,
+    unpack_item,
+)
 from plain_common import (
     ALWAYS_KEEP,
     HAS_ADDITIVE_BIAS,
@@ -51,8 +61,9 @@ def scores(
     head_dim_v, rows, row_blocks, splits, chunks, scale_log2, threshold, threshold_factor, window, softcap_log2,
     softcap_rate, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
     bias_batch, bias_head, bias_row, bias_column, HEAD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    HIDES: tl.constexpr,
+    HIDES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    let_next_kernel_start(EARLY)
     program = tl.program_id(0)
     if program == 0 and (given & HAS_COUNTS) != 0:
         _clear_counts(counts, heads_q)

@@ -29,15 +29,17 @@ ACCEPTED_SPILLS = 64
 
 
 def _specialise(architecture: int, dtype: str, head: int, role: str) -> PlainKernel:
+    early = architecture >= 90
     constants: dict[str, int | float] = {"HEAD": head, "BLOCK": BLOCKS[head]}
     if role != "combine":
         constants["STAGES"] = STAGES[architecture]
     if role == "scores":
         constants["HIDES"] = DTYPES[dtype]
+    constants["EARLY"] = early
     return PlainKernel(
         "decode", f"decode_{role}", role, ARGUMENTS, tuple(constants.items()), architecture, dtype, head, role,
         rows=16, columns=BLOCKS[head], warps=4, stages=STAGES[architecture],
-        spills=ACCEPTED_SPILLS,
+        early=early and role != "scores", spills=ACCEPTED_SPILLS,
     )  # fmt: skip
 
 

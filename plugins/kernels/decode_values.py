@@ -3,7 +3,19 @@ lane keeps is not loaded."""
 
 import triton
 import triton.language as tl
-from decode_common import CHUNK, LANES, TILE, blocks_of, chunks_seen, lane_places, lanes_of, share_of, unpack_item
+from decode_common import (
+    CHUNK,
+    LANES,
+    TILE,
+    blocks_of,
+    chunks_seen,
+    lane_places,
+    lanes_of,
+    let_next_kernel_start,
+    share_of,
+    unpack_item,
+    wait_for_last_kernel,
+)
 from plain_common import ALWAYS_KEEP, HAS_COUNTS, UNIT_GROUP, batch_entry, log2_threshold
 
 WINDOW = tl.constexpr(16)  # tiles decided at a time, one bit each
@@ -75,7 +87,9 @@ def values(
     head_dim_v, rows, row_blocks, splits, chunks, scale_log2, threshold, threshold_factor, window, softcap_log2,
     softcap_rate, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
     bias_batch, bias_head, bias_row, bias_column, HEAD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
+    let_next_kernel_start(EARLY)
     program = tl.program_id(0)
     split, item = program % splits, program // splits
     batch, kv_head, row_block = unpack_item(item, heads_k, row_blocks)
@@ -106,6 +120,7 @@ def values(
     block_sum += item * chunks * PER_CHUNK * LANES
     probabilities += item * rows * chunks * CHUNK + lane.to(tl.int64)[:, None] * (chunks * CHUNK) + n[None, :]
 
+    wait_for_last_kernel(EARLY)
     m = tl.full([LANES], float("-inf"), tl.float32)
     if begin < finish:
         m = _maximum_before(item_max, first, begin)

@@ -31,6 +31,7 @@ class PlainKernel:
         head: head size it is shaped for; narrower heads are masked.
         role: what the kernel does in its family.
         causal, joint: as in a Hopper prefill kernel; meaningless for decode.
+        early: may be launched before the kernel in front of it has ended: it waits for that itself (from 9.0 on).
         rows, columns: query rows and key columns of a program.
         warps, stages: of a program, and of its loads in flight.
         spills: bytes of spilled registers that are accepted; more fails the build.
@@ -51,6 +52,7 @@ class PlainKernel:
     stages: int
     causal: bool = False
     joint: bool = False
+    early: bool = False
     spills: int = 0
 
     @property
