@@ -6,6 +6,7 @@ tens of microseconds, so that otherwise the time of Python would be measured.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -107,13 +108,11 @@ def _contestants(
 ) -> tuple[dict[str, Callable[[], object]], dict[str, Tensor]]:
     q, k, v = plant(case)
     runs: dict[str, Callable[[], object]] = {}
-    try:
-        fa3 = importlib.import_module("fa3_fwd_interface")
+    with contextlib.suppress(ImportError, AttributeError):
+        with_cache = importlib.import_module("fa3_fwd_interface").flash_attn_with_kvcache
         q2, k2, v2 = (t.transpose(1, 2).contiguous() for t in (q, k, v))
         lengths = torch.full((case.batch,), case.length, dtype=torch.int32, device="cuda")
-        runs["fa3"] = lambda: fa3.flash_attn_with_kvcache(q2, k2, v2, cache_seqlens=lengths)
-    except ImportError:
-        pass
+        runs["fa3"] = lambda: with_cache(q2, k2, v2, cache_seqlens=lengths)
 
     def cudnn() -> Tensor:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):

@@ -24,8 +24,8 @@ BLOCKS = {64: 128, 128: 64, 256: 32}
 STAGES = {80: 3, 90: 4, 100: 4, 120: 3}
 """Blocks in flight: what fits the shared memory of every device of the architecture."""
 
-ACCEPTED_SPILLS = 64
-"""Bytes a thread may spill; none in a loop over keys. The build reports at most 40."""
+ACCEPTED_SPILLS = 32
+"""Bytes a thread may spill. The build reports none but 4 and 16 in two of the kernels that decide."""
 
 
 def _specialise(architecture: int, dtype: str, head: int, role: str) -> PlainKernel:

@@ -61,7 +61,8 @@ def test_few_rows_and_more_rows_than_lanes(emulation: Emulation, group: int, row
     """A head's rows decide together; heads that do not fit one program are decided across programs."""
     q, k, v = grouped(1, 2, group, rows, 900, 64, split=1 if rows == 3 else None, dtype=torch.float16)
     check(emulation, q, k, v, threshold=THRESHOLD, unit=unit, is_causal=True, skips=True)
-    check(emulation, q, k, v, unit=unit, is_causal=True)
+    if unit == "head":
+        check(emulation, q, k, v, is_causal=True)
 
 
 @pytest.mark.parametrize(("size", "value_size"), [(40, 40), (64, 128), (96, 96), (128, 64), (192, 128), (256, 256)])
@@ -74,12 +75,12 @@ def test_head_sizes(emulation: Emulation, size: int, value_size: int) -> None:
 @pytest.mark.parametrize("unit", ["head", "group"])
 @pytest.mark.parametrize("lam", [0.0, THRESHOLD])
 def test_the_number_of_splits_changes_no_bit(emulation: Emulation, lam: float, unit: str) -> None:
-    q, k, v = grouped(1, 2, 4, 1, 5000, 64)
+    q, k, v = grouped(1, 1, 4, 1, 3200, 64)
     first = check(emulation, q, k, v, threshold=lam, unit=unit, kv_splits=1, skips=lam > 0)
-    assert emulation.launched[0][1] == 2
-    for splits in (2, 3, 7, 16):
+    assert emulation.launched[0][1] == 1
+    for splits in (2, 3, 16):
         again = emulation.run(q, k, v, threshold=lam, unit=unit, kv_splits=splits)
-        assert emulation.launched[0][1] >= 4
+        assert emulation.launched[0][1] >= 2
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
