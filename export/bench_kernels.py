@@ -118,12 +118,11 @@ def _ours(
     library = native.load_library()
     out = torch.empty_like(q)
     counts = torch.empty(q.shape[1], 2, dtype=torch.int32, device="cuda")
-    workspace = torch.empty(native.WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
-    options: dict[str, Any] = {
-        "workspace": workspace, "is_causal": causal, "threshold": threshold, "br": br, "scale": q.shape[3] ** -0.5,
-    }  # fmt: skip
-    library.launch(native.pack(q, k, v, out, counts=counts, **options), torch.cuda.current_stream().cuda_stream)
-    call = native.pack(q, k, v, out, **options)
+    options: dict[str, Any] = {"is_causal": causal, "threshold": threshold, "br": br, "scale": q.shape[3] ** -0.5}
+    counted = native.pack(q, k, v, out, counts=counts, **options)
+    workspace = torch.empty(library.workspace_size(counted), dtype=torch.uint8, device="cuda")
+    library.launch(counted.with_workspace(workspace), torch.cuda.current_stream().cuda_stream)
+    call = native.pack(q, k, v, out, **options).with_workspace(workspace)
     return lambda: library.launch(call, torch.cuda.current_stream().cuda_stream), counts
 
 

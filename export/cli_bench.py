@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from export import bench_attention, bench_export, bench_kernels
+from export import bench_attention, bench_decode, bench_export, bench_kernels
 from export.cli_common import Json, print_json, status
 from export.smollm2 import fetch_smollm2
 
@@ -77,9 +77,28 @@ def kernels(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller cases.")] = False,
     rounds: Rounds = 5,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write everything to this file.")] = None,
+    decoding: Annotated[bool, typer.Option("--decode", help="One query row against a cache, not prefill.")] = False,
+    splits: Annotated[
+        str,
+        typer.Option(help="With --decode: programs that share a head's keys, as 0,16,32; 0 lets the library choose."),
+    ] = "0",
 ) -> None:
     """The compiled kernels beside FlashAttention-3 and cuDNN on this GPU."""
     console = Console(soft_wrap=True)
+    if decoding:
+        try:
+            numbers = tuple(int(part) for part in splits.split(","))
+        except ValueError as error:
+            raise typer.BadParameter(
+                f"{splits!r} is no list of numbers such as 0,16,32", param_hint="--splits"
+            ) from error
+        decoded = bench_decode.bench_decode(
+            bench_decode.default_cases(quick), rounds=rounds, splits=numbers,
+            report=lambda result: console.print(bench_decode.format_table([result]), highlight=False),
+        )  # fmt: skip
+        if output is not None:
+            bench_decode.write_json(decoded, output)
+        return
     results = bench_kernels.bench_kernels(
         bench_kernels.default_cases(quick), rounds=rounds,
         report=lambda result: console.print(bench_kernels.format_table([result]), highlight=False),

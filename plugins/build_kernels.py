@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -19,17 +20,22 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "kernels"))
 
-from specifications import Specialisation, all_specialisations  # noqa: E402
+import decode_specifications  # noqa: E402
+import specifications  # noqa: E402
+from plain_kernel import ARCHITECTURES, SHARED_BYTES, PlainKernel  # noqa: E402
+from specifications import Specialisation  # noqa: E402
 
+FAMILIES: tuple[ModuleType, ...] = (specifications, decode_specifications)
 TRITON_VERSION = "3.9.0"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 
-# Arguments after the four tensor maps, in the kernel's order. csrc/launch.cpp fills them by this list.
+# Arguments of a Hopper kernel after the four tensor maps, in its order. csrc/launch_hopper.cpp fills them by this list.
 POINTERS = (
     "kv_lengths:*i32 q_start:*i32 q_lengths:*i32 threshold_scale:*fp32 sinks:*T counts:*i32 lse:*fp32 counter:*i32"
 )
@@ -65,23 +71,47 @@ def _signature(spec: Specialisation, gl: Any) -> tuple[dict[str, str], dict[str,
     return signature, constants
 
 
-def compile_kernel(spec: Specialisation, output: Path) -> dict[str, Any]:
+def all_specialisations() -> list[Specialisation | PlainKernel]:
+    """Every kernel of the library, of all families."""
+    return [spec for family in FAMILIES for spec in family.all_specialisations()]
+
+
+def _hopper(spec: Specialisation) -> tuple[Any, int, str, dict[str, Any]]:
+    """Source, compute capability, architecture and compiler options of a Hopper kernel."""
+    from hopper_prefill import prefill
+    from triton.experimental.gluon import GluonASTSource
+    from triton.experimental.gluon import language as gl
+
+    signature, constants = _signature(spec, gl)
+    return GluonASTSource(prefill, signature, constants, {}), 90, "sm_90a", {"num_warps": 4}
+
+
+def _plain(spec: PlainKernel) -> tuple[Any, int, str, dict[str, Any]]:
+    """The same of a kernel in plain Triton."""
+    from triton.compiler import ASTSource
+
+    function = getattr(importlib.import_module(spec.module), spec.function)
+    source = ASTSource(function, spec.signature, dict(spec.constants), spec.divisors)
+    options = {"num_warps": spec.warps, "num_stages": spec.stages}
+    return source, spec.architecture, ARCHITECTURES[spec.architecture], options
+
+
+def compile_kernel(spec: Specialisation | PlainKernel, output: Path) -> dict[str, Any]:
     """Compiles one specialisation to `output/<name>.cubin` and returns its line of the manifest.
 
     Raises:
-        BuildError: too many spilled bytes, or serialised tensor-core instructions.
+        BuildError: too many spilled bytes, too much shared memory, or serialised tensor-core instructions.
     """
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon import GluonASTSource
-    from triton.experimental.gluon import language as gl
+    from triton.backends.nvidia import compiler
 
     if triton.__version__ != TRITON_VERSION:
         raise BuildError(f"triton is {triton.__version__}; the kernels need exactly {TRITON_VERSION}")
-    from hopper_prefill import prefill
-
-    signature, constants = _signature(spec, gl)
+    source, capability, architecture, options = _plain(spec) if isinstance(spec, PlainKernel) else _hopper(spec)
+    # Triton itself binds every cubin from 9.0 on to one compute capability; this is where it asks
+    compiler.sm_arch_from_capability = lambda _: architecture
     log = io.StringIO()
     with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
         triton.knobs.cache.dir = cache  # a cached kernel would come without the log of ptxas
@@ -89,15 +119,18 @@ def compile_kernel(spec: Specialisation, output: Path) -> dict[str, Any]:
         triton.knobs.compilation.disable_line_info = True
         with contextlib.redirect_stdout(log):
             kernel = triton.compile(
-                GluonASTSource(prefill, signature, constants, {}), target=GPUTarget("cuda", 90, 32),
-                options={"num_warps": 4, "enable_fp_fusion": True},
-            )  # fmt: skip
+                source, target=GPUTarget("cuda", capability, 32), options={**options, "enable_fp_fusion": True}
+            )
     text = log.getvalue()
     spilled = max([int(n) for n in re.findall(r"(\d+) bytes spill stores", text)], default=-1)
     if spilled < 0:
         raise BuildError(f"{spec.name}: no report from ptxas\n{text}")
     if spilled > spec.spills and not os.environ.get("BSA_ACCEPT_SPILLS"):  # for experiments
         raise BuildError(f"{spec.name}: {spilled} bytes spilled, {spec.spills} are accepted")
+    if kernel.metadata.shared > SHARED_BYTES[capability]:
+        raise BuildError(
+            f"{spec.name}: {kernel.metadata.shared} bytes of shared memory do not fit every {architecture}"
+        )
     serialised = [line for line in text.splitlines() if re.search(r"C75\d\d", line)]
     if serialised:
         raise BuildError(f"{spec.name}: ptxas serialised the tensor-core instructions\n{serialised[0]}")
@@ -106,19 +139,20 @@ def compile_kernel(spec: Specialisation, output: Path) -> dict[str, Any]:
     threads = re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])
     registers = re.search(r"Used (\d+) registers", text)
     assert threads and registers
+    line: dict[str, Any] = {} if isinstance(spec, PlainKernel) else {"family": "hopper", "rows": 64 * spec.groups}
     return {
-        **asdict(spec), "name": spec.name, "architecture": "sm_90a", "entry": kernel.metadata.name,
-        "file": f"{spec.name}.cubin", "bytes": len(cubin), "threads": int(threads[1]),
+        **line, **asdict(spec), "name": spec.name, "architecture": architecture, "capability": capability,
+        "entry": kernel.metadata.name, "file": f"{spec.name}.cubin", "bytes": len(cubin), "threads": int(threads[1]),
         "shared_bytes": kernel.metadata.shared, "registers_at_entry": int(registers[1]), "spilled_bytes": spilled,
         "boxes": [[d["block_size"][-2], d["block_size"][-1]] for d in kernel.metadata.tensordesc_meta],
     }  # fmt: skip
 
 
-def _compile(arguments: tuple[Specialisation, Path]) -> dict[str, Any]:
+def _compile(arguments: tuple[Specialisation | PlainKernel, Path]) -> dict[str, Any]:
     return compile_kernel(*arguments)
 
 
-def build(specs: list[Specialisation], output: Path, jobs: int) -> dict[str, Any]:
+def build(specs: list[Specialisation | PlainKernel], output: Path, jobs: int) -> dict[str, Any]:
     """Compiles `specs` and writes `manifest.json`; returns the manifest."""
     output.mkdir(parents=True, exist_ok=True)
     kernels = []
@@ -127,10 +161,7 @@ def build(specs: list[Specialisation], output: Path, jobs: int) -> dict[str, Any
             kernels.append(line)
             print(f"{line['name']:45s} {line['bytes'] // 1024:5d} KiB  {line['shared_bytes']:6d} B shared  "
                   f"{line['spilled_bytes']:4d} B spilled", flush=True)  # fmt: skip
-    manifest = {
-        "version": MANIFEST_VERSION, "triton": TRITON_VERSION, "arguments": f"{POINTERS} {SCALARS}".split(),
-        "kernels": kernels,
-    }  # fmt: skip
+    manifest = {"version": MANIFEST_VERSION, "triton": TRITON_VERSION, "kernels": kernels}
     (output / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
 

@@ -11,19 +11,29 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = {"fp16": "BSA_FLOAT16", "bf16": "BSA_BFLOAT16"}
-ROLES = {"dense": "d", "skip": "s", "plain": "s", "general": "g"}
+FAMILIES = {"hopper": "kHOPPER", "decode": "kDECODE", "prefill": "kPREFILL"}
+ROLES = {"dense": "d", "skip": "s", "plain": "s", "general": "g", "scores": "s", "values": "v", "combine": "c"}
 
 
 def _table_line(kernel: dict[str, Any], index: int) -> str:
-    rows = ", ".join(str(box[0]) for box in kernel["boxes"])
-    columns = ", ".join(str(box[1]) for box in kernel["boxes"])
+    boxes = kernel["boxes"] or [[0, 0]] * 4  # a kernel that takes pointers has no tensor maps
+    rows = ", ".join(str(box[0]) for box in boxes)
+    columns = ", ".join(str(box[1]) for box in boxes)
     fields = [
-        f'"{kernel["name"]}"', f'"{kernel["entry"]}"', DTYPES[kernel["dtype"]], kernel["head"],
-        f"'{ROLES[kernel['schedule']]}'", str(kernel["causal"]).lower(), str(kernel["joint"]).lower(),
-        64 * kernel["groups"], kernel["columns"], kernel["threads"], kernel["shared_bytes"], f"{{{rows}}}",
-        f"{{{columns}}}", f"bsa_image_{index}",
+        f'"{kernel["name"]}"', f'"{kernel["entry"]}"', f"Family::{FAMILIES[kernel['family']]}",
+        f'"{kernel["architecture"]}"', kernel["capability"],
+        str(kernel["architecture"].endswith("a")).lower(), DTYPES[kernel["dtype"]], kernel["head"],
+        f"'{ROLES[role(kernel)]}'", str(kernel["causal"]).lower(), str(kernel["joint"]).lower(),
+        str(kernel.get("early", False)).lower(), kernel["rows"],
+        kernel["columns"], kernel["threads"], kernel["shared_bytes"], f"{{{rows}}}", f"{{{columns}}}",
+        f"bsa_image_{index}",
     ]  # fmt: skip
     return "    {" + ", ".join(map(str, fields)) + "},"
+
+
+def role(kernel: dict[str, Any]) -> str:
+    """What a kernel is chosen for; a Hopper kernel calls it its schedule."""
+    return str(kernel["schedule"] if kernel["family"] == "hopper" else kernel["role"])
 
 
 def embed(manifest: Path, output: Path) -> None:

@@ -88,13 +88,13 @@ def _launch(
         bias = bias.expand(batch, heads, rows, k.shape[2])
     out = q.new_empty(batch, heads, rows, v.shape[-1])
     counts = torch.empty(heads, 2, dtype=torch.int32, device=q.device)
-    workspace = torch.empty(native.WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)
     call = native.pack(
-        q, k, v, out, counts=counts, workspace=workspace, bias=bias, sinks=None if sinks is None else sinks.to(q.dtype),
+        q, k, v, out, counts=counts, bias=bias, sinks=None if sinks is None else sinks.to(q.dtype),
         kv_lengths=kv_lengths, q_start=q_start, q_lengths=q_lengths, threshold_scale=threshold_scale, br=br, bc=bc,
         is_causal=is_causal, window=window, softcap=softcap, scale=scale, unit=unit, threshold=phase.threshold,
         threshold_factor=_factor(phase),
     )  # fmt: skip
+    call = call.with_workspace(torch.empty(library.workspace_size(call), dtype=torch.uint8, device=q.device))
     try:
         library.launch(call, torch.cuda.current_stream().cuda_stream)
     except native.KernelError:

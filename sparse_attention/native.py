@@ -24,14 +24,15 @@ LIBRARY_VARIABLE = "BLOCK_SKIP_ATTENTION_LIBRARY"
 LIBRARY_NAME = "libblock_skip_attention.so"
 BUILD_COMMAND = "cmake -S plugins -B build && cmake --build build"
 
-ABI_VERSION = 1
-WORKSPACE_BYTES = 256  # what bsa_workspace_size answers; checked when the library is loaded
+ABI_VERSION = 2
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 _UNITS = {"head": 0, "group": 1}
 
-# struct bsa_params: two words, 13 pointers and the workspace's size, 14 ints, 16 strides (4 times 3, bias 4), 4 floats
-_PARAMS = struct.Struct("=2I14Q14i16q4f")
+# struct bsa_params: two words, 13 pointers and the workspace's size, 16 ints, 16 strides (4 times 3, bias 4), 4 floats
+_PARAMS = struct.Struct("=2I14Q16i16q4f")
+_WORKSPACE = struct.Struct("=2Q")
+_WORKSPACE_OFFSET = 2 * 4 + 12 * 8
 
 
 class KernelError(SparseAttentionError):
@@ -47,6 +48,12 @@ class Call(NamedTuple):
     packed: bytes
     tensors: tuple[Tensor | None, ...]
 
+    def with_workspace(self, workspace: Tensor) -> Call:
+        """The same call with its scratch memory: at least `Library.workspace_size` bytes of the device."""
+        packed = bytearray(self.packed)
+        _WORKSPACE.pack_into(packed, _WORKSPACE_OFFSET, workspace.data_ptr(), workspace.nbytes)
+        return Call(bytes(packed), (*self.tensors, workspace))
+
 
 def pack(
     q: Tensor,
@@ -56,7 +63,6 @@ def pack(
     *,
     counts: Tensor | None = None,
     lse: Tensor | None = None,
-    workspace: Tensor | None = None,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
     kv_lengths: Tensor | None = None,
@@ -72,22 +78,23 @@ def pack(
     unit: str = "head",
     threshold: float = 0.0,
     threshold_factor: float = 0.0,
+    kv_splits: int = 0,
 ) -> Call:
     """Packs the parameters of a launch.
 
     q `[B, Hq, Sq, D]`, k `[B, Hk, Sk, D]`, v `[B, Hk, Sk, Dv]`, o `[B, Hq, Sq, Dv]`, float16 or bfloat16 of one kind,
     of any strides that are multiples of 8 elements with a last stride of 1. `bias` is expanded to `[B, Hq, Sq, Sk]`
     (stride 0 where it broadcasts), of q's dtype or bool. λ is `threshold`, or `threshold_factor / L` where that is > 0.
+    `kv_splits`: programs that share the keys of a head when decoding, 0 chosen by size; the result is the same.
     """
     batch, heads, rows, size = q.shape
     bias_kind = 0 if bias is None else 2 if bias.dtype == torch.bool else 1
     bias_stride = (0, 0, 0, 0) if bias is None else bias.stride()
-    tensors = (q, k, v, bias, sinks, kv_lengths, q_start, q_lengths, threshold_scale, o, counts, lse, workspace)
+    tensors = (q, k, v, bias, sinks, kv_lengths, q_start, q_lengths, threshold_scale, o, counts, lse)
     packed = _PARAMS.pack(
-        _PARAMS.size, ABI_VERSION, *[0 if t is None else t.data_ptr() for t in tensors],
-        0 if workspace is None else workspace.nbytes,
+        _PARAMS.size, ABI_VERSION, *[0 if t is None else t.data_ptr() for t in tensors], 0, 0,
         batch, heads, k.shape[1], rows, k.shape[2], size, v.shape[3], _DTYPES.get(q.dtype, -1), bias_kind, is_causal,
-        window, br, bc, _UNITS[unit],
+        window, br, bc, _UNITS[unit], kv_splits, 0,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *bias_stride,
         scale, softcap, threshold, threshold_factor,
     )  # fmt: skip
@@ -124,7 +131,7 @@ class Library:
         self._c.bsa_prepare.argtypes = (ctypes.c_char_p,)
         self._c.bsa_workspace_size.argtypes = (ctypes.c_char_p,)
         self.version: dict[str, object] = json.loads(self._c.bsa_version())
-        if self.version["abi"] != ABI_VERSION or self._c.bsa_workspace_size(None) > WORKSPACE_BYTES:
+        if self.version["abi"] != ABI_VERSION:
             raise KernelError(
                 "the kernel library is of another version", where=str(path), found=str(self.version),
                 fix=f"build it again: {BUILD_COMMAND}",
@@ -134,6 +141,10 @@ class Library:
         """Why no kernel runs this call on the current device; "" where one does."""
         reason = ctypes.create_string_buffer(512)
         return "" if self._c.bsa_supported(call.packed, reason, len(reason)) else reason.value.decode()
+
+    def workspace_size(self, call: Call) -> int:
+        """Bytes of scratch memory the call needs: see `Call.with_workspace`."""
+        return int(self._c.bsa_workspace_size(call.packed))
 
     def launch(self, call: Call, stream: int) -> None:
         """Enqueues the call on a CUDA stream (its handle) of the current device; does not wait.

@@ -94,7 +94,7 @@ class Thresholds:
 
 
 def threshold_attributes(value: float | Mapping[Any, object] | PhaseThreshold | Thresholds) -> dict[str, float]:
-    """`Thresholds.of(value).attributes()`; a plain number without making the classes, which Dynamo of torch 2.11 refuses.
+    """`Thresholds.of(value).attributes()`; for a number without the classes, which torch 2.11 cannot compile.
 
     Raises:
         ConfigError: as `Thresholds.of`.

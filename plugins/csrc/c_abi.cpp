@@ -1,27 +1,25 @@
-// The C ABI: checks a call, chooses its kernels, and enqueues one or two of them.
+// The C ABI: checks a call, chooses its kernels, and enqueues them.
 
 #include "device.h"
 #include "driver.h"
 #include "failure.h"
+#include "find.h"
 #include "launch.h"
 #include "select.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <exception>
 #include <string>
+#include <vector>
 
 namespace {
 
 using bsa::Choice;
 using bsa::Driver;
 using bsa::fail;
-using bsa::failCuda;
 using bsa::Kernel;
-using bsa::Share;
-
-constexpr char const* kVERSION = "{\"version\": \"1.0.0\", \"abi\": 1, \"architectures\": [\"sm_90a\"]}";
-constexpr std::size_t kWORKSPACE_BYTES = 256; // the work counter of each of at most two launches
 
 bsa_status check(bsa_params const* params)
 {
@@ -40,31 +38,34 @@ bsa_status check(bsa_params const* params)
     return bsa::validate(*params, reason) ? BSA_OK : fail(BSA_ERROR_INVALID_ARGUMENT, reason);
 }
 
-// The kernels of a call and the device it runs on.
-bsa_status resolve(bsa_params const& params, Choice& choice, Driver const*& driver, bsa::Device*& device)
+// The device of the calling thread, or null with the reason in `status` and `words`.
+bsa::Device* currentDevice(Driver const*& driver, bsa_status& status, std::string& words)
 {
-    std::string reason;
-    if (!bsa::choose(params, choice, reason))
-    {
-        return fail(BSA_ERROR_UNSUPPORTED, reason);
-    }
     char const* why = "";
     driver = Driver::get(&why);
     if (driver == nullptr)
     {
-        return fail(BSA_ERROR_NO_DRIVER, why);
+        status = BSA_ERROR_NO_DRIVER;
+        words = why;
+        return nullptr;
     }
-    device = bsa::Device::current(*driver, reason);
-    if (device == nullptr)
+    bsa::Device* device = bsa::Device::current(*driver, words);
+    status = device == nullptr ? BSA_ERROR_NO_DEVICE : BSA_OK;
+    return device;
+}
+
+// The kernels of a call and the device it runs on. That no kernel exists anywhere is said before that no device is there.
+bsa_status resolve(bsa_params const& params, Choice& choice, Driver const*& driver, bsa::Device*& device)
+{
+    bsa_status status = BSA_OK;
+    std::string noDevice;
+    device = currentDevice(driver, status, noDevice);
+    std::string reason;
+    if (!bsa::choose(params, device != nullptr ? device->capability() : bsa::kANY_CAPABILITY, choice, reason))
     {
-        return fail(BSA_ERROR_NO_DEVICE, reason);
+        return fail(BSA_ERROR_UNSUPPORTED, reason);
     }
-    if (!device->isHopper())
-    {
-        return fail(BSA_ERROR_UNSUPPORTED, "the current device has compute capability " + device->capability()
-                + "; this library was built for 9.0 (H100, H200)");
-    }
-    return BSA_OK;
+    return device != nullptr ? BSA_OK : fail(status, noDevice);
 }
 
 bsa_status launch(bsa_params const& params, void* stream)
@@ -76,38 +77,17 @@ bsa_status launch(bsa_params const& params, void* stream)
     {
         return status;
     }
-    if (params.counts != nullptr)
-    {
-        auto const code = driver->cuMemsetD32Async(
-            reinterpret_cast<std::uint64_t>(params.counts), 0, 2 * static_cast<std::size_t>(params.heads_q), stream);
-        if (code != bsa::kCUDA_SUCCESS)
-        {
-            return failCuda(*driver, "cuMemsetD32Async", code);
-        }
-    }
     if (params.batch == 0 || params.seq_q == 0)
     {
-        return BSA_OK;
+        return bsa::clearCounts(*driver, params, stream);
     }
-    if (params.workspace == nullptr || params.workspace_bytes < bsa_workspace_size(&params))
+    std::size_t const needed = bsa::workspaceSize(choice, params);
+    if (needed > 0 && (params.workspace == nullptr || params.workspace_bytes < needed))
     {
         return fail(BSA_ERROR_WORKSPACE, "workspace has " + std::to_string(params.workspace_bytes) + " bytes, "
-                + std::to_string(bsa_workspace_size(&params)) + " are needed");
+                + std::to_string(needed) + " are needed");
     }
-    auto* counters = static_cast<std::uint32_t*>(params.workspace);
-    bool const both = choice.sparse != nullptr && choice.dense != nullptr;
-    bsa_status status = BSA_OK;
-    if (choice.sparse != nullptr)
-    {
-        status = bsa::launchKernel(
-            *driver, *device, *choice.sparse, params, both ? Share::kSPARSE : Share::kALL, counters, stream);
-    }
-    if (status == BSA_OK && choice.dense != nullptr)
-    {
-        status = bsa::launchKernel(
-            *driver, *device, *choice.dense, params, both ? Share::kDENSE : Share::kALL, counters + 32, stream);
-    }
-    return status;
+    return bsa::launchChoice(*driver, *device, choice, params, stream);
 }
 
 template <typename Body>
@@ -168,7 +148,7 @@ bsa_status bsa_prepare(bsa_params const* params)
         {
             return status;
         }
-        for (Kernel const* kernel : {choice.sparse, choice.dense})
+        for (Kernel const* kernel : choice.kernels)
         {
             bsa::CudaFunction function = nullptr;
             std::string why;
@@ -183,8 +163,30 @@ bsa_status bsa_prepare(bsa_params const* params)
 
 size_t bsa_workspace_size(bsa_params const* params)
 {
-    (void) params; // one size for every call, but a caller must not rely on it
-    return kWORKSPACE_BYTES;
+    std::size_t bytes = 0;
+    guarded([&] {
+        if (bsa_status const status = check(params); status != BSA_OK)
+        {
+            return status;
+        }
+        Driver const* driver = nullptr;
+        bsa_status status = BSA_OK;
+        std::string words;
+        bsa::Device const* device = currentDevice(driver, status, words);
+        // Without a device enough for every one: an engine may be planned where there is none.
+        std::vector<int> const capabilities
+            = device != nullptr ? std::vector<int>{device->capability()} : bsa::capabilitiesCompiled();
+        for (int const capability : capabilities)
+        {
+            Choice choice;
+            if (bsa::choose(*params, capability, choice, words))
+            {
+                bytes = std::max(bytes, bsa::workspaceSize(choice, *params));
+            }
+        }
+        return BSA_OK;
+    });
+    return bytes;
 }
 
 int32_t bsa_supported(bsa_params const* params, char* reason, size_t reasonSize)
@@ -192,28 +194,18 @@ int32_t bsa_supported(bsa_params const* params, char* reason, size_t reasonSize)
     std::string words;
     bsa_status const status = guarded([&] {
         bsa_status result = check(params);
-        Choice choice;
         if (result != BSA_OK)
         {
             words = bsa::lastFailure();
+            return result;
         }
-        else if (!bsa::choose(*params, choice, words))
-        {
-            result = BSA_ERROR_UNSUPPORTED;
-        }
-        else
-        {
-            char const* why = "";
-            std::string none;
-            Driver const* driver = Driver::get(&why);
-            bsa::Device const* device = driver != nullptr ? bsa::Device::current(*driver, none) : nullptr;
-            if (device != nullptr && !device->isHopper())
-            {
-                words = "the current device has compute capability " + device->capability()
-                    + "; this library was built for 9.0 (H100, H200)";
-                result = BSA_ERROR_UNSUPPORTED;
-            }
-        }
+        Driver const* driver = nullptr;
+        std::string none;
+        bsa::Device const* device = currentDevice(driver, result, none);
+        Choice choice;
+        bool const found
+            = bsa::choose(*params, device != nullptr ? device->capability() : bsa::kANY_CAPABILITY, choice, words);
+        result = found ? BSA_OK : BSA_ERROR_UNSUPPORTED;
         return result;
     });
     if (reason != nullptr && reasonSize > 0)
@@ -225,7 +217,9 @@ int32_t bsa_supported(bsa_params const* params, char* reason, size_t reasonSize)
 
 char const* bsa_version(void)
 {
-    return kVERSION;
+    static std::string const version = "{\"version\": \"1.0.0\", \"abi\": " + std::to_string(BSA_ABI_VERSION)
+        + ", \"architectures\": " + bsa::architectureList() + "}";
+    return version.c_str();
 }
 
 char const* bsa_status_string(bsa_status status)

@@ -24,14 +24,10 @@ public:
         return mMultiprocessors;
     }
 
-    bool isHopper() const noexcept
+    // Compute capability, times ten.
+    int capability() const noexcept
     {
-        return mMajor == 9 && mMinor == 0;
-    }
-
-    std::string capability() const
-    {
-        return std::to_string(mMajor) + "." + std::to_string(mMinor);
+        return 10 * mMajor + mMinor;
     }
 
 private:

@@ -17,6 +17,7 @@ constexpr int kFUNCTION_MAX_DYNAMIC_SHARED_BYTES = 8;
 constexpr int kDEVICE_MULTIPROCESSORS = 16;
 constexpr int kDEVICE_CAPABILITY_MAJOR = 75;
 constexpr int kDEVICE_CAPABILITY_MINOR = 76;
+constexpr int kLAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION = 6;
 constexpr int kTENSOR_MAP_FLOAT16 = 6;
 constexpr int kTENSOR_MAP_BFLOAT16 = 9;
 constexpr int kTENSOR_MAP_SWIZZLE_128B = 3;
@@ -24,6 +25,21 @@ constexpr int kTENSOR_MAP_L2_PROMOTION_256B = 3;
 
 struct alignas(64) TensorMap {
     std::uint64_t opaque[16];
+};
+
+// CUlaunchConfig with its attributes, as far as they are used here.
+struct LaunchAttribute {
+    int id;
+    int padding;
+    std::uint64_t value[8];
+};
+struct LaunchConfig {
+    unsigned grid[3];
+    unsigned block[3];
+    unsigned sharedBytes;
+    CudaStream stream;
+    LaunchAttribute* attributes;
+    unsigned attributeCount;
 };
 
 // Function pointers of libcuda; each has the driver's own name.
@@ -42,6 +58,7 @@ struct Driver {
         int swizzle, int promotion, int fill);
     CudaResult (*cuLaunchKernel)(CudaFunction, unsigned gridX, unsigned gridY, unsigned gridZ, unsigned blockX,
         unsigned blockY, unsigned blockZ, unsigned sharedBytes, CudaStream, void** arguments, void** extra);
+    CudaResult (*cuLaunchKernelEx)(LaunchConfig const*, CudaFunction, void** arguments, void** extra);
 
     // The driver, or null with the reason in `why`. Thread-safe; the library stays open for the life of the process.
     static Driver const* get(char const** why) noexcept;

@@ -1,220 +1,43 @@
-// One kernel launch: tensor maps, argument list, grid.
-
 #include "launch.h"
 
-#include "driver.h"
 #include "failure.h"
-
-#include <algorithm>
-#include <string>
+#include "launch_decode.h"
+#include "launch_hopper.h"
 
 namespace bsa {
-namespace {
 
-constexpr double kLOG2_E = 1.4426950408889634;
-constexpr std::int64_t kL2_BYTES = 24'000'000; // K and V of the heads worked on together; half of an H100's L2
-constexpr std::int64_t kCAUSAL_HEADS = 4;      // and at most so many, see README.md
-
-// Bits of the kernels' argument `given`; hopper_common.py has the same list.
-enum Given : std::int32_t
+std::size_t workspaceSize(Choice const& choice, bsa_params const& params)
 {
-    kKV_LENGTHS = 1,
-    kQ_START = 2,
-    kQ_LENGTHS = 4,
-    kTHRESHOLD_SCALE = 8,
-    kSINKS = 16,
-    kCOUNTS = 32,
-    kLSE = 64,
-    kCOUNTER = 128,
-    kADDITIVE_BIAS = 256,
-    kBOOL_BIAS = 512,
-    kRUN_WHERE_DENSE = 1024,
-    kRUN_WHERE_SPARSE = 2048,
-    kIS_CAUSAL = 4096,
-    kCOUNTS_128_ROWS = 8192,
-};
-
-bool encode(Driver const& driver, TensorMap& map, void const* address, int dtype, std::int64_t const stride[3],
-    int batch, int heads, int sequence, int columns, int boxRows, int boxColumns, CudaResult& code)
-{
-    std::uint64_t const sizes[4] = {static_cast<std::uint64_t>(columns), static_cast<std::uint64_t>(sequence),
-        static_cast<std::uint64_t>(heads), static_cast<std::uint64_t>(batch)};
-    // A dimension of one element may come with any stride, also one the encoder refuses.
-    std::int64_t const packed = (columns + 7) / 8 * 16;
-    auto bytes = [packed](std::int64_t elements, int size) {
-        return static_cast<std::uint64_t>(size <= 1 ? packed : elements * 2);
-    };
-    std::uint64_t const strides[3] = {bytes(stride[2], sequence), bytes(stride[1], heads), bytes(stride[0], batch)};
-    std::uint32_t const box[4] = {static_cast<std::uint32_t>(boxColumns), static_cast<std::uint32_t>(boxRows), 1, 1};
-    std::uint32_t const ones[4] = {1, 1, 1, 1};
-    int const type = dtype == BSA_FLOAT16 ? kTENSOR_MAP_FLOAT16 : kTENSOR_MAP_BFLOAT16;
-    code = driver.cuTensorMapEncodeTiled(&map, type, 4, const_cast<void*>(address), sizes, strides, box, ones, 0,
-        kTENSOR_MAP_SWIZZLE_128B, kTENSOR_MAP_L2_PROMOTION_256B, 0);
-    return code == kCUDA_SUCCESS;
+    switch (choice.family)
+    {
+    case Family::kHOPPER: return kHOPPER_WORKSPACE_BYTES;
+    case Family::kDECODE: return decodeWorkspace(choice, params).bytes;
+    case Family::kPREFILL: break;
+    }
+    return 0;
 }
 
-// The kernels' arguments in their order: four tensor maps, each followed by sizes and strides the kernels do not read,
-// then POINTERS and SCALARS of build_kernels.py, then two pointers of Triton's own that stay null.
-class Arguments {
-public:
-    template <typename T>
-    void add(T& value)
-    {
-        mPointers[mCount++] = &value;
-    }
-
-    void addMap(TensorMap& map)
-    {
-        add(map);
-        for (int i = 0; i < 4; ++i)
-        {
-            add(mZero32);
-        }
-        for (int i = 0; i < 4; ++i)
-        {
-            add(mZero64);
-        }
-    }
-
-    void addScratch()
-    {
-        add(mZero64);
-        add(mZero64);
-    }
-
-    void** data()
-    {
-        return mPointers;
-    }
-
-private:
-    void* mPointers[80]{};
-    int mCount{0};
-    std::int32_t mZero32{0};
-    std::int64_t mZero64{0};
-};
-
-} // namespace
-
-bsa_status launchKernel(Driver const& driver, Device& device, Kernel const& kernel, bsa_params const& p, Share share,
-    std::uint32_t* counter, void* stream)
+bsa_status launchChoice(
+    Driver const& driver, Device& device, Choice const& choice, bsa_params const& params, void* stream)
 {
-    CudaFunction function = nullptr;
-    std::string why;
-    if (!device.function(driver, kernel, function, why))
+    switch (choice.family)
     {
-        return fail(BSA_ERROR_CUDA, why);
+    case Family::kHOPPER: return launchHopper(driver, device, choice, params, stream);
+    case Family::kDECODE: return launchDecode(driver, device, choice, params, stream);
+    case Family::kPREFILL: break;
     }
+    return fail(BSA_ERROR_INTERNAL, "a kernel of this family cannot be launched");
+}
 
-    TensorMap maps[4];
-    CudaResult code = kCUDA_SUCCESS;
-    // No keys at all: the maps still need an address. What is read through them is masked.
-    int const keys = std::max(p.seq_k, 1);
-    void const* const k = p.seq_k > 0 ? p.k : p.o;
-    void const* const v = p.seq_k > 0 ? p.v : p.o;
-    bool const encoded = encode(driver, maps[0], p.q, p.dtype, p.q_stride, p.batch, p.heads_q, p.seq_q, p.head_dim,
-                             kernel.boxRows[0], kernel.boxColumns[0], code)
-        && encode(driver, maps[1], k, p.dtype, p.k_stride, p.batch, p.heads_k, keys, p.head_dim, kernel.boxRows[1],
-            kernel.boxColumns[1], code)
-        && encode(driver, maps[2], v, p.dtype, p.v_stride, p.batch, p.heads_k, keys, p.head_dim_v, kernel.boxRows[2],
-            kernel.boxColumns[2], code)
-        && encode(driver, maps[3], p.o, p.dtype, p.o_stride, p.batch, p.heads_q, p.seq_q, p.head_dim_v,
-            kernel.boxRows[3], kernel.boxColumns[3], code);
-    if (!encoded)
+bsa_status clearCounts(Driver const& driver, bsa_params const& params, void* stream)
+{
+    if (params.counts == nullptr)
     {
-        return failCuda(driver, "cuTensorMapEncodeTiled", code);
+        return BSA_OK;
     }
-
-    std::int32_t group = p.heads_q / p.heads_k;
-    std::int32_t headsQ = p.heads_q;
-    std::int32_t seqQ = p.seq_q;
-    std::int32_t seqK = p.seq_k;
-    std::int32_t rowBlocks = (p.seq_q + kernel.rows - 1) / kernel.rows;
-    std::int32_t heads = p.batch * p.heads_q;
-    std::int64_t const bytesPerHead = std::max<std::int64_t>(4LL * p.seq_k * kernel.head, 1);
-    std::int32_t section = static_cast<std::int32_t>(std::clamp<std::int64_t>(kL2_BYTES / bytesPerHead, 1, heads));
-    if (p.seq_k > 4096)
-    {
-        section = static_cast<std::int32_t>(std::min<std::int64_t>(section, kCAUSAL_HEADS));
-    }
-    std::int64_t const items = static_cast<std::int64_t>(rowBlocks) * heads;
-    if (items > 0x7fffffff)
-    {
-        return fail(BSA_ERROR_UNSUPPORTED, "more than 2^31 blocks of query rows");
-    }
-
-    std::int32_t given = share == Share::kALL ? 0 : share == Share::kDENSE ? kRUN_WHERE_DENSE : kRUN_WHERE_SPARSE;
-    given |= p.kv_lengths != nullptr ? kKV_LENGTHS : 0;
-    given |= p.q_start != nullptr ? kQ_START : 0;
-    given |= p.q_lengths != nullptr ? kQ_LENGTHS : 0;
-    given |= p.threshold_scale != nullptr ? kTHRESHOLD_SCALE : 0;
-    given |= p.sinks != nullptr ? kSINKS : 0;
-    given |= p.counts != nullptr ? kCOUNTS : 0;
-    given |= p.lse != nullptr ? kLSE : 0;
-    given |= p.is_causal != 0 ? kIS_CAUSAL : 0;
-    given |= p.br == 128 ? kCOUNTS_128_ROWS : 0;
-    given |= p.bias_kind == BSA_BIAS_ADDITIVE ? kADDITIVE_BIAS : 0;
-    given |= p.bias_kind == BSA_BIAS_BOOL ? kBOOL_BIAS : 0;
-
-    unsigned const grid = static_cast<unsigned>(std::min<std::int64_t>(items, device.multiprocessors()));
-    if (items > grid && (kernel.role != 'd' || kernel.causal))
-    {
-        // uneven work: the CTAs take items from a counter; even work is dealt out in turn and needs none
-        given |= kCOUNTER;
-        code = driver.cuMemsetD32Async(reinterpret_cast<std::uint64_t>(counter), 0, 1, stream);
-        if (code != kCUDA_SUCCESS)
-        {
-            return failCuda(driver, "cuMemsetD32Async", code);
-        }
-    }
-
-    float scaleLog2 = static_cast<float>(p.scale * kLOG2_E);
-    float threshold = p.threshold;
-    float thresholdFactor = p.threshold_factor;
-    std::int32_t window = p.window;
-    float softcapLog2 = static_cast<float>(p.softcap * kLOG2_E);
-    float softcapRate = p.softcap > 0.0F ? static_cast<float>(2.0 * kLOG2_E * p.scale / p.softcap) : 0.0F;
-    bsa_params pointers = p;
-    std::int64_t biasStride[4] = {p.bias_stride[0], p.bias_stride[1], p.bias_stride[2], p.bias_stride[3]};
-
-    Arguments arguments;
-    for (TensorMap& map : maps)
-    {
-        arguments.addMap(map);
-    }
-    arguments.add(pointers.kv_lengths);
-    arguments.add(pointers.q_start);
-    arguments.add(pointers.q_lengths);
-    arguments.add(pointers.threshold_scale);
-    arguments.add(pointers.sinks);
-    arguments.add(pointers.counts);
-    arguments.add(pointers.lse);
-    arguments.add(counter);
-    arguments.add(given);
-    arguments.add(headsQ);
-    arguments.add(group);
-    arguments.add(seqQ);
-    arguments.add(seqK);
-    arguments.add(rowBlocks);
-    arguments.add(heads);
-    arguments.add(section);
-    arguments.add(scaleLog2);
-    arguments.add(threshold);
-    arguments.add(thresholdFactor);
-    arguments.add(window);
-    arguments.add(softcapLog2);
-    arguments.add(softcapRate);
-    arguments.add(pointers.bias);
-    arguments.add(pointers.bias);
-    for (std::int64_t& stride : biasStride)
-    {
-        arguments.add(stride);
-    }
-    arguments.addScratch();
-
-    code = driver.cuLaunchKernel(function, grid, 1, 1, static_cast<unsigned>(kernel.threads), 1, 1,
-        static_cast<unsigned>(kernel.sharedBytes), stream, arguments.data(), nullptr);
-    return code == kCUDA_SUCCESS ? BSA_OK : failCuda(driver, kernel.name, code);
+    CudaResult const code = driver.cuMemsetD32Async(
+        reinterpret_cast<std::uint64_t>(params.counts), 0, 2 * static_cast<std::size_t>(params.heads_q), stream);
+    return code == kCUDA_SUCCESS ? BSA_OK : failCuda(driver, "cuMemsetD32Async", code);
 }
 
 } // namespace bsa

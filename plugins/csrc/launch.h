@@ -1,24 +1,22 @@
-// One kernel launch.
+// From a choice of kernels to launches.
 #pragma once
 
 #include "../include/block_skip_attention.h"
 #include "device.h"
-#include "kernel_table.h"
+#include "select.h"
 
-#include <cstdint>
+#include <cstddef>
 
 namespace bsa {
 
-// Which batch entries a launch computes: all, or those whose threshold is or is not zero on the device.
-enum class Share
-{
-    kALL,
-    kDENSE,
-    kSPARSE,
-};
+// Bytes of workspace that the chosen kernels need; depends on sizes and options alone.
+std::size_t workspaceSize(Choice const& choice, bsa_params const& params);
 
-// Enqueues `kernel` on `stream`; `counter` is four bytes of device memory that no other launch in flight uses.
-bsa_status launchKernel(Driver const& driver, Device& device, Kernel const& kernel, bsa_params const& params,
-    Share share, std::uint32_t* counter, void* stream);
+// Enqueues the kernels of the call on `stream`.
+bsa_status launchChoice(
+    Driver const& driver, Device& device, Choice const& choice, bsa_params const& params, void* stream);
+
+// Enqueues zeros into the tile counts, where the call has them.
+bsa_status clearCounts(Driver const& driver, bsa_params const& params, void* stream);
 
 } // namespace bsa

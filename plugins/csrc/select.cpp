@@ -1,5 +1,8 @@
 #include "select.h"
 
+#include "find.h"
+#include "launch_decode.h"
+
 #include <cmath>
 #include <cstdint>
 
@@ -26,18 +29,107 @@ bool alignedAddress(void const* address)
     return reinterpret_cast<std::uintptr_t>(address) % 16 == 0;
 }
 
-Kernel const* find(int dtype, int headSize, char role, bool causal, bool joint)
+// The head size of the kernel that a call needs.
+int paddedHead(bsa_params const& p)
 {
-    for (std::size_t i = 0; i < kKERNEL_COUNT; ++i)
+    int const widest = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
+    return widest <= 64 ? 64 : widest <= 128 ? 128 : kMAX_HEAD;
+}
+
+// What every family asks of the tensors.
+bool readable(bsa_params const& p, std::string& reason)
+{
+    int const widest = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
+    if (widest > kMAX_HEAD || p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0)
     {
-        Kernel const& kernel = kKERNELS[i];
-        if (kernel.dtype == dtype && kernel.head == headSize && kernel.role == role
-            && (role == 'g' || kernel.causal == causal) && (role == 'd' || kernel.joint == joint))
-        {
-            return &kernel;
-        }
+        reason = "head sizes " + number(p.head_dim) + " and " + number(p.head_dim_v)
+            + " must be multiples of 8 and at most " + number(kMAX_HEAD);
+        return false;
     }
-    return nullptr;
+    if (!alignedStrides(p.q_stride, p.batch, p.heads_q, p.seq_q) || !alignedStrides(p.k_stride, p.batch, p.heads_k, p.seq_k)
+        || !alignedStrides(p.v_stride, p.batch, p.heads_k, p.seq_k)
+        || !alignedStrides(p.o_stride, p.batch, p.heads_q, p.seq_q))
+    {
+        reason = "strides of q, k, v and o must be positive multiples of 8 elements";
+        return false;
+    }
+    if (!alignedAddress(p.q) || !alignedAddress(p.k) || !alignedAddress(p.v) || !alignedAddress(p.o))
+    {
+        reason = "q, k, v and o must be 16-byte aligned";
+        return false;
+    }
+    return true;
+}
+
+// What the host knows of the threshold. A positive one may still become zero by the scale, and 1 or more by a short
+// length; both are only known on the device.
+struct Threshold {
+    bool neverSkips;
+    bool mayBeDense;
+
+    explicit Threshold(bsa_params const& p)
+    {
+        bool const calibrated = p.threshold_factor > 0.0F;
+        neverSkips = !calibrated && !(p.threshold > 0.0F && (p.threshold_scale != nullptr || p.threshold < 1.0F));
+        mayBeDense = p.threshold_scale != nullptr || calibrated;
+    }
+};
+
+bool take(Wanted const& wanted, Kernel const*& kernel, std::string& reason)
+{
+    kernel = find(wanted);
+    if (kernel == nullptr)
+    {
+        reason = whyMissing(wanted);
+    }
+    return kernel != nullptr;
+}
+
+bool chooseDecode(bsa_params const& p, int capability, Choice& choice, std::string& reason)
+{
+    if (p.bc != kTILE_COLUMNS || (p.seq_q > 1 && p.br < p.seq_q))
+    {
+        reason = "tiles of " + number(p.br) + " x " + number(p.bc) + " are not compiled; supported are tiles of 128 keys"
+            " and of at least as many rows as seq_q, here " + number(p.seq_q);
+        return false;
+    }
+    choice = Choice{Family::kDECODE, {}};
+    auto const want = [&](char role, Kernel const*& kernel) {
+        return take({Family::kDECODE, capability, p.dtype, paddedHead(p), role}, kernel, reason);
+    };
+    return want('s', choice.kernels[0]) && (Threshold{p}.neverSkips || want('v', choice.kernels[1]))
+        && want('c', choice.kernels[2]);
+}
+
+bool chooseHopper(bsa_params const& p, int capability, Choice& choice, std::string& reason)
+{
+    bool const singleRow = p.seq_q == 1;
+    if (p.bc != kTILE_COLUMNS || (!singleRow && p.br != 64 && p.br != 128))
+    {
+        reason = "tiles of " + number(p.br) + " x " + number(p.bc)
+            + " are not compiled; supported are 64 x 128 and 128 x 128 (1 x 128 where seq_q is 1)";
+        return false;
+    }
+    if (p.unit != BSA_UNIT_HEAD && p.heads_q != p.heads_k)
+    {
+        reason = "unit \"group\" is not compiled for grouped heads and more than " + number(kDECODE_LANES)
+            + " query rows; use unit \"head\"";
+        return false;
+    }
+    // A single row is its own row block, so 64 rows of which one exists decide exactly as 1 x 128.
+    bool const joint = !singleRow && p.br == 128;
+    bool const general = p.bias_kind != BSA_BIAS_NONE || p.window > 0 || p.softcap > 0.0F;
+    Threshold const threshold{p};
+    choice = Choice{Family::kHOPPER, {}};
+    auto const want = [&](char role, Kernel const*& kernel) {
+        return take({Family::kHOPPER, capability, p.dtype, paddedHead(p), role, p.is_causal != 0, joint}, kernel, reason);
+    };
+    if (general)
+    {
+        return want('g', choice.kernels[0]);
+    }
+    return (threshold.neverSkips || want('s', choice.kernels[0]))
+        && (!(threshold.neverSkips || threshold.mayBeDense) || want('d', choice.kernels[1]));
 }
 
 } // namespace
@@ -76,74 +168,24 @@ bool validate(bsa_params const& p, std::string& reason)
     return false;
 }
 
-bool choose(bsa_params const& p, Choice& choice, std::string& reason)
+bool choose(bsa_params const& p, int capability, Choice& choice, std::string& reason)
 {
-    choice = Choice{};
-    bool const decode = p.seq_q == 1;
-    if (p.bc != kTILE_COLUMNS || (!decode && p.br != 64 && p.br != 128))
+    if (!readable(p, reason))
     {
-        reason = "tiles of " + number(p.br) + " x " + number(p.bc)
-            + " are not compiled; supported are 64 x 128 and 128 x 128 (1 x 128 where seq_q is 1)";
         return false;
     }
-    if (p.unit != BSA_UNIT_HEAD && p.heads_q != p.heads_k)
+    bool const fewRows = p.seq_q >= 1 && p.seq_q <= kDECODE_LANES;
+    if (fewRows && chooseDecode(p, capability, choice, reason))
     {
-        reason = "unit \"group\" is not compiled for grouped heads; use unit \"head\"";
-        return false;
+        return true;
     }
-    int const widest = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
-    if (widest > kMAX_HEAD || p.head_dim % 8 != 0 || p.head_dim_v % 8 != 0)
+    std::string prefillReason;
+    if (chooseHopper(p, capability, choice, prefillReason))
     {
-        reason = "head sizes " + number(p.head_dim) + " and " + number(p.head_dim_v)
-            + " must be multiples of 8 and at most " + number(kMAX_HEAD);
-        return false;
+        return true;
     }
-    if (!alignedStrides(p.q_stride, p.batch, p.heads_q, p.seq_q) || !alignedStrides(p.k_stride, p.batch, p.heads_k, p.seq_k)
-        || !alignedStrides(p.v_stride, p.batch, p.heads_k, p.seq_k)
-        || !alignedStrides(p.o_stride, p.batch, p.heads_q, p.seq_q))
-    {
-        reason = "strides of q, k, v and o must be positive multiples of 8 elements";
-        return false;
-    }
-    if (!alignedAddress(p.q) || !alignedAddress(p.k) || !alignedAddress(p.v) || !alignedAddress(p.o))
-    {
-        reason = "q, k, v and o must be 16-byte aligned";
-        return false;
-    }
-    int const headSize = widest <= 64 ? 64 : widest <= 128 ? 128 : 256;
-    // A single row is its own row block, so 64 rows of which one exists decide exactly as 1 x 128.
-    bool const joint = !decode && p.br == 128;
-    bool const general = p.bias_kind != BSA_BIAS_NONE || p.window > 0 || p.softcap > 0.0F;
-    bool const causal = p.is_causal != 0;
-    if (general)
-    {
-        choice.sparse = find(p.dtype, headSize, 'g', causal, joint);
-    }
-    else
-    {
-        bool const calibrated = p.threshold_factor > 0.0F;
-        bool const neverSkips = !calibrated && !(p.threshold > 0.0F && (p.threshold_scale != nullptr || p.threshold < 1.0F));
-        // a positive threshold may still become zero by the scale, and 1 or more by a short length
-        bool const mayBeDense = p.threshold_scale != nullptr || calibrated;
-        if (!neverSkips)
-        {
-            choice.sparse = find(p.dtype, headSize, 's', causal, joint);
-        }
-        if (neverSkips || mayBeDense)
-        {
-            choice.dense = find(p.dtype, headSize, 'd', causal, joint);
-        }
-        if ((!neverSkips && choice.sparse == nullptr) || ((neverSkips || mayBeDense) && choice.dense == nullptr))
-        {
-            choice = Choice{};
-        }
-    }
-    if (choice.sparse == nullptr && choice.dense == nullptr)
-    {
-        reason = "the kernel for head size " + number(headSize) + " was left out when this library was built";
-        return false;
-    }
-    return true;
+    reason = fewRows ? reason : prefillReason;
+    return false;
 }
 
 } // namespace bsa

@@ -29,7 +29,7 @@ extern "C" {
 #endif
 
 /* Raised whenever a field of bsa_params changes its place or meaning. */
-#define BSA_ABI_VERSION 1
+#define BSA_ABI_VERSION 2
 
 typedef enum bsa_status {
     BSA_OK = 0,
@@ -81,6 +81,8 @@ typedef struct bsa_params {
     int32_t window;    /* 0: none; else j > i + q_start - window */
     int32_t br, bc;    /* tile of the decision, rows and columns */
     int32_t unit;      /* bsa_unit */
+    int32_t kv_splits; /* programs a decode call divides the keys of a head among; 0 chooses. Never changes the result */
+    int32_t reserved;  /* 0 */
 
     int64_t q_stride[3], k_stride[3], v_stride[3], o_stride[3];
     int64_t bias_stride[4]; /* batch, head, query, key */

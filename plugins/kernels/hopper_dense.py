@@ -37,7 +37,7 @@ def _opaque_one():
 
 @gluon.jit
 def _soften(call, scores, reference, before, sums, acc, DTYPE: gl.constexpr):
-    """`(operand, alpha, sums)`: probabilities, and what sums and output of the reference `before` are multiplied with."""
+    """`(operand, alpha, sums)`: probabilities, and what an output relative to `before` is multiplied with."""
     p, shift = probabilities(scores, call.scale_log2, reference)
     alpha = gl.exp2(before - shift)
     return as_operand(p, acc, DTYPE), alpha, scale_sums(sums, alpha) + partial_sums(p, call.COLUMNS)
@@ -116,14 +116,14 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q
         whole = gl.maximum(gl.minimum(whole, item.tiles), 1)
         for j in range(1, whole):
             operand, acc, reference, sums = _step(
-                call, shared, item, visible, operand, acc, reference, sums, base + j, j, turn, False, GROUP, DTYPE, LAZY,
-                FENCED,
+                call, shared, item, visible, operand, acc, reference, sums, base + j, j, turn, False, GROUP, DTYPE,
+                LAZY, FENCED,
             )  # fmt: skip
             turn += 1
         for j in range(whole, item.tiles):
             operand, acc, reference, sums = _step(
-                call, shared, item, visible, operand, acc, reference, sums, base + j, j, turn, True, GROUP, DTYPE, LAZY,
-                FENCED,
+                call, shared, item, visible, operand, acc, reference, sums, base + j, j, turn, True, GROUP, DTYPE,
+                LAZY, FENCED,
             )  # fmt: skip
             turn += 1
 

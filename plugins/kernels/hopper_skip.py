@@ -56,8 +56,8 @@ def use_tile(call, shared, scores, scale, tile_maximum, keep, m, reference, sums
 
 
 @gluon.jit
-def _step(call, shared, item, visible, scores, m, reference, sums, acc, kept, base, j, MASKED: gl.constexpr, GROUP: gl.constexpr,
-          DTYPE: gl.constexpr):  # fmt: skip
+def _step(call, shared, item, visible, scores, m, reference, sums, acc, kept, base, j, MASKED: gl.constexpr,
+          GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
     """Tile j, with the scores of tile j + 1 computed meanwhile."""
     tile = base + j
     token = start_scores(call, shared, tile + 1, GROUP)
@@ -98,13 +98,16 @@ def consume_skip(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q:
         mbarrier.wait(shared.q_full.index(GROUP), sequence & 1)
         scores = finish_scores(call, shared, start_scores(call, shared, base, GROUP), base)
         for pair in range(whole // 2):
-            odd, m, reference, sums, acc, kept = _step(call, shared, item, visible, scores, m, reference, sums, acc, kept, base, 2 * pair,
-                                            False, GROUP, DTYPE)  # fmt: skip
-            scores, m, reference, sums, acc, kept = _step(call, shared, item, visible, odd, m, reference, sums, acc, kept, base, 2 * pair + 1,
-                                            False, GROUP, DTYPE)  # fmt: skip
+            odd, m, reference, sums, acc, kept = _step(
+                call, shared, item, visible, scores, m, reference, sums, acc, kept, base, 2 * pair, False, GROUP, DTYPE
+            )
+            scores, m, reference, sums, acc, kept = _step(
+                call, shared, item, visible, odd, m, reference, sums, acc, kept, base, 2 * pair + 1, False, GROUP, DTYPE
+            )
         for j in range(whole // 2 * 2, item.tiles - 1):
-            scores, m, reference, sums, acc, kept = _step(call, shared, item, visible, scores, m, reference, sums, acc, kept, base, j, True,
-                                            GROUP, DTYPE)  # fmt: skip
+            scores, m, reference, sums, acc, kept = _step(
+                call, shared, item, visible, scores, m, reference, sums, acc, kept, base, j, True, GROUP, DTYPE
+            )
 
         if not O_IN_Q:
             arrive_warp(shared.q_free.index(GROUP))

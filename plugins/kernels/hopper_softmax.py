@@ -188,7 +188,9 @@ def clean_values(call, shared, item, slot, cleaned, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def store_output(call, shared, item, acc, reference, sums, DTYPE: gl.constexpr, GROUP: gl.constexpr, O_IN_Q: gl.constexpr):
+def store_output(
+    call, shared, item, acc, reference, sums, DTYPE: gl.constexpr, GROUP: gl.constexpr, O_IN_Q: gl.constexpr
+):
     """Normalises and writes 64 rows; the copy engine clips what lies beyond the tensor."""
     ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     rows = item.row0 + GROUP * BLOCK_ROWS + gl.arange(0, BLOCK_ROWS, rows_layout(call.COLUMNS))

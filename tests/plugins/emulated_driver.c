@@ -1,5 +1,5 @@
 /* A stand-in for libcuda on machines without a GPU: memory is the host's, and a launch is handed to the test, which
- * executes the kernel's own source. A kernel's image is its name. */
+ * executes the kernel's own source. A kernel's image is its name, and behind it the name of its entry. */
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -10,19 +10,21 @@ struct map {
     uint32_t box[4];
     int type, swizzle;
 };
-typedef int (*launched)(const char* name, unsigned grid, unsigned block, unsigned shared, void** arguments);
+typedef int (*launched)(const char* name, const unsigned grid[3], unsigned block, unsigned shared, void** arguments);
 
 static launched callback;
-static int capability_minor;
+static int capability = 90, multiprocessors = 3;
 void emulated_on_launch(launched function) { callback = function; }
-void emulated_capability_minor(int minor) { capability_minor = minor; }
+void emulated_capability(int times_ten) { capability = times_ten; }
+void emulated_multiprocessors(int count) { multiprocessors = count; }
 
 int cuInit(unsigned flags) { return (int)flags; }
-int cuCtxGetCurrent(void** context) { static int one; *context = &one; return 0; }
+/* a device of another capability is another device */
+int cuCtxGetCurrent(void** context) { static int contexts[256]; *context = contexts + capability; return 0; }
 int cuCtxGetDevice(int* device) { *device = 0; return 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int device)
 {
-    *value = attribute == 75 ? 9 : attribute == 76 ? capability_minor : attribute == 16 ? 3 : device;
+    *value = attribute == 75 ? capability / 10 : attribute == 76 ? capability % 10 : attribute == 16 ? multiprocessors : device;
     return 0;
 }
 int cuGetErrorString(int code, const char** words) { *words = code == 1 ? "refused by the emulation" : "no error"; return 0; }
@@ -30,7 +32,7 @@ int cuModuleLoadData(void** module, const void* image) { *module = (void*)image;
 int cuModuleGetFunction(void** function, void* module, const char* name)
 {
     *function = module;
-    return strcmp(name, "prefill") != 0;
+    return strcmp(name, (const char*)module + strlen((const char*)module) + 1) != 0;
 }
 int cuFuncSetAttribute(void* function, int attribute, int value) { return function == NULL || attribute != 8 || value > 232448; }
 int cuMemsetD32Async(uint64_t address, unsigned value, size_t count, void* stream)
@@ -59,6 +61,15 @@ int cuTensorMapEncodeTiled(struct map* map, int type, unsigned rank, void* addre
 int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz,
     unsigned shared, void* stream, void** arguments, void** extra)
 {
-    if (y != 1 || z != 1 || by != 1 || bz != 1 || extra != NULL || stream != NULL || callback == NULL) return 1;
-    return callback((const char*)function, x, bx, shared, arguments);
+    const unsigned grid[3] = {x, y, z};
+    if (x * y * z == 0 || y > 65535 || z > 65535 || by != 1 || bz != 1 || extra != NULL || stream != NULL) return 1;
+    return callback == NULL ? 1 : callback((const char*)function, grid, bx, shared, arguments);
+}
+struct attribute { int id, padding; uint64_t value[8]; };
+struct config { unsigned grid[3], block[3], shared; void* stream; struct attribute* attributes; unsigned count; };
+int cuLaunchKernelEx(const struct config* c, void* function, void** arguments, void** extra)
+{
+    if (c->count > 1 || (c->count == 1 && (c->attributes->id != 6 || c->attributes->value[0] != 1))) return 1;
+    return cuLaunchKernel(function, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared,
+        c->stream, arguments, extra);
 }

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from emulated_gluon import MACHINE, Descriptor, Pointer, load_kernels
 from emulated_machine import Machine
+from interpreted_triton import run_kernel
 from torch import Tensor
 
 from sparse_attention import native
@@ -47,18 +48,23 @@ def plugin_module(name: str) -> ModuleType:
 
 
 def compile_library(folder: Path, libcuda: str = "") -> Path:
-    """The C library with every specialisation in its table; an image is the kernel's name, as the emulation expects."""
-    specs = plugin_module("specifications").all_specialisations()
+    """The C library with every specialisation in its table; an image is the kernel's name and that of its entry."""
+    build = plugin_module("build_kernels")
     kernels = []
-    for spec in specs:
-        (folder / f"{spec.name}.cubin").write_bytes(spec.name.encode() + b"\0")
-        kernels.append(
-            {
-                **{name: getattr(spec, name) for name in spec.__dataclass_fields__}, "name": spec.name,
-                "entry": "prefill", "file": f"{spec.name}.cubin", "threads": 128 * (spec.groups + 1),
-                "shared_bytes": 1000, "boxes": [[rows, 64] for rows in (64, spec.columns, spec.columns, 64)],
-            }
-        )  # fmt: skip
+    for spec in build.all_specialisations():
+        line = {name: getattr(spec, name) for name in spec.__dataclass_fields__}
+        if is_plain(spec):
+            capability, architecture = spec.architecture, build.ARCHITECTURES[spec.architecture]
+            line |= {"threads": 32 * spec.warps, "boxes": [], "entry": spec.function}
+        else:
+            capability, architecture = 90, "sm_90a"
+            boxes = [[rows, 64] for rows in (64, spec.columns, spec.columns, 64)]
+            line |= {"family": "hopper", "rows": 64 * spec.groups, "threads": 128 * (spec.groups + 1),
+                     "boxes": boxes, "entry": "prefill"}  # fmt: skip
+        line |= {"name": spec.name, "file": f"{spec.name}.cubin", "shared_bytes": 1000, "capability": capability,
+                 "architecture": architecture}  # fmt: skip
+        (folder / line["file"]).write_bytes(spec.name.encode() + b"\0" + line["entry"].encode() + b"\0")
+        kernels.append(line)
     (folder / "manifest.json").write_text(json.dumps({"kernels": kernels}))
     plugin_module("embed_kernels").embed(folder / "manifest.json", folder)
     sources = [*(PLUGINS / "csrc").glob("*.cpp"), folder / "kernel_table.cpp", folder / "kernel_images.S"]
@@ -70,6 +76,11 @@ def compile_library(folder: Path, libcuda: str = "") -> Path:
         check=True,
     )  # fmt: skip
     return library
+
+
+def is_plain(spec: Any) -> bool:
+    """Whether a specialisation is of a kernel in plain Triton; Hopper's are in Gluon."""
+    return hasattr(spec, "signature")
 
 
 def compile_driver(folder: Path) -> Path:
@@ -87,14 +98,14 @@ class Emulation:
         driver = compile_driver(folder)
         self.library = native.Library(compile_library(folder, str(driver)))
         self.driver = ctypes.CDLL(str(driver))
-        self.specs = {spec.name: spec for spec in plugin_module("specifications").all_specialisations()}
         build = plugin_module("build_kernels")
+        self.specs = {spec.name: spec for spec in build.all_specialisations()}
         self.arguments = [entry.split(":") for entry in f"{build.POINTERS} {build.SCALARS}".split()]
         self.seed = 0
         self.launched: list[tuple[str, int]] = []
         self._error: BaseException | None = None
-        kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint,
-                                ctypes.POINTER(ctypes.c_void_p))  # fmt: skip
+        kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint,
+                                ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p))  # fmt: skip
         self._callback = kind(self._launch)
         self.driver.emulated_on_launch(self._callback)
 
@@ -104,14 +115,14 @@ class Emulation:
         out = torch.full((batch, heads, rows, v.shape[3]), float("nan"), dtype=q.dtype)
         counts = torch.full((heads, 2), -7, dtype=torch.int32)
         lse = torch.full((batch, heads, rows), float("nan"))
-        workspace = torch.full((native.WORKSPACE_BYTES,), 255, dtype=torch.uint8)
         if options.get("bias") is not None:
             options["bias"] = options["bias"].expand(batch, heads, rows, k.shape[2])
         options.setdefault("scale", q.shape[3] ** -0.5)
         self.seed, self.launched, self._error = seed, [], None
-        call = native.pack(q, k, v, out, counts=counts, lse=lse, workspace=workspace, **options)
+        call = native.pack(q, k, v, out, counts=counts, lse=lse, **options)
+        workspace = torch.full((self.library.workspace_size(call),), 255, dtype=torch.uint8)
         try:
-            self.library.launch(call, 0)
+            self.library.launch(call.with_workspace(workspace), 0)
         except native.KernelError:
             if self._error is None:
                 raise
@@ -119,16 +130,28 @@ class Emulation:
             raise self._error
         return out, counts, lse
 
-    def _launch(self, name: bytes, grid: int, block: int, shared: int, arguments: Any) -> int:
+    def _launch(self, name: bytes, grid: Any, block: int, shared: int, arguments: Any) -> int:
         try:
             spec = self.specs[name.decode()]
-            assert block == 128 * (spec.groups + 1) and shared == 1000
-            self.launched.append((spec.name, grid))
-            self._execute(spec, grid, arguments)
+            assert block == (32 * spec.warps if is_plain(spec) else 128 * (spec.groups + 1)) and shared == 1000
+            self.launched.append((spec.name, grid[0] * grid[1] * grid[2]))
+            if is_plain(spec):
+                self._interpret(spec, (grid[0], grid[1], grid[2]), arguments)
+            else:
+                assert grid[1] == grid[2] == 1
+                self._execute(spec, grid[0], arguments)
         except BaseException as error:
             self._error = error
             return 1
         return 0
+
+    def _interpret(self, spec: Any, grid: tuple[int, int, int], arguments: Any) -> None:
+        values = {}
+        for place, entry in enumerate(spec.arguments.split()):
+            name, kind, *divisor = entry.split(":")
+            values[name] = SCALARS.get(kind, ctypes.c_uint64).from_address(arguments[place]).value
+            assert not divisor or values[name] % int(divisor[0]) == 0, f"{name} is no multiple of {divisor[0]}"
+        run_kernel(spec, grid, values)
 
     def _execute(self, spec: Any, grid: int, arguments: Any) -> None:
         values: list[Any] = []

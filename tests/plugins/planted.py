@@ -6,6 +6,7 @@ Random Gaussian inputs skip nothing at 128 x 128, so a test on them proves nothi
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,3 +44,15 @@ def planted(
     k = normal(batch, kv_heads, columns, size) + carried.repeat_interleave(COLUMNS, 2)[:, :, :columns]
     v = normal(batch, kv_heads, columns, value_size or size)
     return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def planted_heads(
+    batch: int, kv_heads: int, group: int, rows: int, columns: int, size: int, *, split: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q `[B, kv_heads * group, rows, size]`, k, v: of a group's heads, neighbours want different tiles.
+
+    `split` is how many (head, row) pairs of a group in turn look the same way: by default the rows of a head.
+    """
+    q, k, v = planted(batch, kv_heads, kv_heads, group * rows, columns, size, split=split or rows, **options)
+    return q.view(batch, kv_heads * group, rows, size), k, v

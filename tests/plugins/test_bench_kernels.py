@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from export.bench_decode import DecodeCase, DecodeResult, bench_decode
+from export.bench_decode import default_cases as decode_cases
+from export.bench_decode import format_table as decode_table
 from export.bench_kernels import Case, Result, bench_kernels, default_cases, format_table
 from sparse_attention.errors import MissingError
 
@@ -34,3 +37,16 @@ def test_every_shape_of_the_tables_is_there() -> None:
 def test_without_a_gpu() -> None:
     with pytest.raises(MissingError, match="GPU"):
         bench_kernels([])
+    with pytest.raises(MissingError, match="GPU"):
+        bench_decode([])
+
+
+def test_decode_figures_count_bytes_as_if_all_were_read() -> None:
+    times = {"cudnn": 103.0, "dense": 100.0, "skip head": 80.0, "dense / 4": 120.0, "skip group / 4": 90.0}
+    result = DecodeResult(DecodeCase(2, 1024, 0.5), {"head": 0.5, "group": 0.0}, times)
+    assert result.terabytes_per_second("dense") == pytest.approx(2 * 8 * 1024 * 128 * 2 * 2 / 100e-6 / 1e12)
+    assert result.share_of_bound("skip head") == pytest.approx((100 / 80) / (2 / 1.5))
+    assert result.share_of_bound("skip group / 4") == pytest.approx(120 / 90)
+    assert "(1.030)" in decode_table([result]) and "94 % of the bound" in decode_table([result])
+    shapes = {(c.batch, c.length, c.keep) for c in decode_cases()}
+    assert shapes >= {(b, s, keep) for b, s in ((1, 32768), (16, 8192), (16, 32768)) for keep in (None, 0.5, 0.2)}

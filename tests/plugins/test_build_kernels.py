@@ -12,7 +12,11 @@ import pytest
 from emulation import PLUGINS, plugin_module
 
 TRITON = pytest.importorskip("triton", reason="the kernels are compiled by triton==3.9.0")
-SUBSET = r"bf16_d128_(dense_causal|skip_causal_128)|fp16_d64_plain_64|fp16_d256_dense$"
+HOPPER_SUBSET = r"bf16_d128_(dense_causal|skip_causal_128)|fp16_d64_plain_64|fp16_d256_dense$"
+DECODE_SUBSET = (
+    r"sm80_bf16_d128_decode|sm90_fp16_d64_decode_scores|sm100_bf16_d128_decode_v|sm120_fp16_d256_decode_(s|v)"
+)
+SUBSET = f"{HOPPER_SUBSET}|{DECODE_SUBSET}"
 
 
 def test_every_combination_is_listed_once() -> None:
@@ -29,6 +33,31 @@ def test_every_combination_is_listed_once() -> None:
         assert tiles * spec.head * 2 < 232448 - 1024
 
 
+def test_a_decode_kernel_is_listed_for_every_architecture_and_fits_its_name() -> None:
+    specs = plugin_module("decode_specifications").all_specialisations()
+    build = plugin_module("build_kernels")
+    assert len({spec.name for spec in specs}) == len(specs) == 4 * 2 * 3 * 3
+    assert {spec.architecture for spec in specs} == set(build.ARCHITECTURES) == set(build.SHARED_BYTES)
+    for role in ("scores", "values", "combine"):
+        source = (PLUGINS / "kernels" / f"decode_{role}.py").read_text()
+        signature = re.search(rf"def {role}\((.*?)\):", source, re.S)
+        assert signature
+        names = [part.split(":")[0].strip() for part in signature[1].split(",") if part.strip()]
+        for spec in specs:
+            if spec.role == role:
+                assert names == list(spec.signature)
+    # the library counts chunks, lanes and columns of the output as the kernels do
+    common = dict(
+        re.findall(r"^(\w+) = tl\.constexpr\((\d+)\)", (PLUGINS / "kernels/decode_common.py").read_text(), re.M)
+    )
+    combine = (PLUGINS / "kernels/decode_combine.py").read_text()
+    header = (PLUGINS / "csrc/launch_decode.h").read_text() + (PLUGINS / "csrc/launch_decode.cpp").read_text()
+    host = dict(re.findall(r"k(\w+) = (\d+);", header))
+    assert host["DECODE_LANES"] == common["LANES"] and host["DECODE_CHUNK"] == common["CHUNK"]
+    assert host["OUTPUT_COLUMNS"] == re.findall(r"^SLICE = tl\.constexpr\((\d+)\)", combine, re.M)[0]
+    assert {spec.columns for spec in specs} <= {int(common["TILE"]) // n for n in (1, 2, 4)}
+
+
 def test_arguments_are_in_the_order_of_the_kernel() -> None:
     build = plugin_module("build_kernels")
     source = (PLUGINS / "kernels" / "hopper_prefill.py").read_text()
@@ -40,13 +69,17 @@ def test_arguments_are_in_the_order_of_the_kernel() -> None:
 
 
 def test_the_bits_of_given_are_the_same_in_python_and_c() -> None:
-    kernel = dict(
-        re.findall(r"^(\w+) = gl\.constexpr\((\d+)\)", (PLUGINS / "kernels/hopper_common.py").read_text(), re.M)
-    )
-    host = dict(re.findall(r"^    k(\w+) = (\d+),", (PLUGINS / "csrc/launch.cpp").read_text(), re.M))
-    assert len(host) == 14
-    for name, value in host.items():
-        assert kernel.get(name, kernel.get(f"HAS_{name}")) == value, name
+    host = dict(re.findall(r"^    k(\w+) = (\d+),", (PLUGINS / "csrc/given.h").read_text(), re.M))
+    assert len(host) == 15
+    found = set()
+    for file in ("hopper_common", "plain_common"):
+        text = (PLUGINS / f"kernels/{file}.py").read_text()
+        kernel = dict(re.findall(r"^(\w+) = [gt]l\.constexpr\((\d+)\)", text, re.M))
+        for name, value in host.items():
+            seen = kernel.get(name, kernel.get(f"HAS_{name}"))
+            assert seen in (None, value), name
+            found |= {name} if seen else set()
+    assert found == set(host)
 
 
 def test_a_subset_compiles(tmp_path: Path) -> None:
@@ -60,13 +93,18 @@ def test_a_subset_compiles(tmp_path: Path) -> None:
     # two warpgroups with a masked and an unmasked loop each; 64 scores a thread (32 at 64 columns) and two row scales
     assert exponentials_under_products(tmp_path / "sm90a_bf16_d128_dense_causal.cubin") == [66] * 4
     assert exponentials_under_products(tmp_path / "sm90a_fp16_d256_dense.cubin") == [34] * 4
+    architectures = {"sm_80": 99 << 10, "sm_90a": 227 << 10, "sm_100f": 227 << 10, "sm_120": 99 << 10}
+    assert {kernel["architecture"] for kernel in manifest["kernels"]} == set(architectures)
     for kernel in manifest["kernels"]:
         image = (tmp_path / kernel["file"]).read_bytes()
         assert image[:4] == b"\x7fELF" and kernel["bytes"] == len(image) < 300_000
         assert b".debug_info" not in image and b".debug_line" not in image
         assert kernel["spilled_bytes"] <= kernel["spills"]
+        assert kernel["shared_bytes"] <= architectures[kernel["architecture"]]
+        if kernel["family"] != "hopper":
+            assert kernel["threads"] == 32 * kernel["warps"] and kernel["boxes"] == []
+            continue
         assert kernel["threads"] == 128 * (kernel["groups"] + 1)
-        assert kernel["shared_bytes"] <= 232448
         assert kernel["boxes"] == [[64, 64], [kernel["columns"], 64], [kernel["columns"], 64], [64, 64]]
 
 

@@ -16,8 +16,8 @@ from sparse_attention import native
 HEADER = PLUGINS / "include" / "block_skip_attention.h"
 
 
-def call(**options: object) -> native.Call:
-    q = torch.zeros(1, 4, 128, options.pop("size", 128), dtype=options.pop("dtype", torch.bfloat16))  # type: ignore
+def call(rows: int = 128, **options: object) -> native.Call:
+    q = torch.zeros(1, 4, rows, options.pop("size", 128), dtype=options.pop("dtype", torch.bfloat16))  # type: ignore
     k = torch.zeros(1, options.pop("kv_heads", 2), 256, q.shape[3], dtype=q.dtype)  # type: ignore[call-overload]
     return native.pack(q, k, k, torch.zeros_like(q), **options)  # type: ignore[arg-type]
 
@@ -73,15 +73,49 @@ def test_refusals_name_the_reason(emulation: Emulation, options: dict[str, objec
 def test_supported(emulation: Emulation) -> None:
     assert emulation.library.refusal(call()) == ""
     assert emulation.library.refusal(call(unit="group", kv_heads=4)) == ""
+    assert emulation.library.refusal(call(rows=1, unit="group", br=1)) == ""
+    assert emulation.library.refusal(call(rows=8, unit="group", br=16)) == ""
+    assert "as many rows as seq_q, here 8" in emulation.library.refusal(call(rows=8, br=4))
+
+
+@pytest.mark.parametrize("capability", [75, 86, 90, 103, 110, 121])
+def test_what_a_device_cannot_run_is_named(emulation: Emulation, capability: int) -> None:
+    emulation.driver.emulated_capability(capability)
+    try:
+        decode, prefill = (emulation.library.refusal(call(rows=rows)) for rows in (1, 128))
+    finally:
+        emulation.driver.emulated_capability(90)
+    name = f"capability {capability // 10}.{capability % 10}"
+    assert (name in decode and "sm_80" in decode) == (capability in (75, 110))
+    assert (name in prefill and "sm_90a" in prefill) == (capability != 90)
+
+
+def test_version_lists_every_architecture(emulation: Emulation) -> None:
+    assert emulation.library.version["abi"] == native.ABI_VERSION
+    assert emulation.library.version["architectures"] == ["sm_80", "sm_90a", "sm_100f", "sm_120"]
+
+
+def test_the_workspace_follows_the_call(emulation: Emulation) -> None:
+    size = emulation.library.workspace_size
+    skipping = {"threshold": 0.1}
+    assert size(call()) == 256
+    assert size(call(unit="group")) == 0  # no kernel
+    assert 256 < size(call(rows=1)) < size(call(rows=1, **skipping)) < size(call(rows=16, **skipping))
+    for splits in (1, 16):
+        assert size(call(rows=1, kv_splits=splits, **skipping)) == size(call(rows=1, **skipping))
+    decode = call(rows=1)
+    with pytest.raises(native.KernelError, match=f"workspace has {size(decode) - 1} bytes"):
+        emulation.library.launch(decode.with_workspace(torch.empty(size(decode) - 1, dtype=torch.uint8)), 0)
 
 
 def test_another_architecture_is_named(emulation: Emulation, tmp_path: Path) -> None:
     library = _library_of_its_own(emulation, tmp_path)
-    emulation.driver.emulated_capability_minor(3)
+    emulation.driver.emulated_capability(103)
     try:
-        assert "9.3" in library.refusal(call())
+        refusal = library.refusal(call())
+        assert "capability 10.3" in refusal and "sm_90a" in refusal
     finally:
-        emulation.driver.emulated_capability_minor(0)
+        emulation.driver.emulated_capability(90)
 
 
 def _library_of_its_own(emulation: Emulation, folder: Path) -> native.Library:
@@ -96,7 +130,7 @@ def test_workspace_is_required(emulation: Emulation) -> None:
 def test_params_of_another_version(emulation: Emulation) -> None:
     packed = bytearray(call().packed)
     packed[4] += 1
-    with pytest.raises(native.KernelError, match="abi_version 2"):
+    with pytest.raises(native.KernelError, match="abi_version 3"):
         emulation.library.launch(native.Call(bytes(packed), ()), 0)
 
 

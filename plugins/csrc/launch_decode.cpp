@@ -1,0 +1,164 @@
+// A decode call: how its work is cut up, its workspace, and two or three launches with one argument list.
+
+#include "launch_decode.h"
+
+#include "arguments.h"
+#include "failure.h"
+#include "given.h"
+
+#include <algorithm>
+
+namespace bsa {
+namespace {
+
+constexpr std::int64_t kPROGRAMS_PER_MULTIPROCESSOR = 16; // measured, see README.md
+constexpr std::int32_t kOUTPUT_COLUMNS = 32;              // of a program of the last kernel
+
+std::int64_t divideUp(std::int64_t a, std::int64_t b)
+{
+    return (a + b - 1) / b;
+}
+
+// Programs that share the chunks of an item: enough to fill the device, none without a chunk.
+std::int32_t chooseSplits(bsa_params const& p, DecodeItems const& items, int multiprocessors)
+{
+    std::int64_t const wanted = p.kv_splits > 0
+        ? p.kv_splits
+        : divideUp(kPROGRAMS_PER_MULTIPROCESSOR * multiprocessors, std::max<std::int64_t>(items.count, 1));
+    std::int64_t const chunks = std::max(items.chunks, 1);
+    std::int64_t const splits = std::min(wanted, chunks);
+    return static_cast<std::int32_t>(divideUp(chunks, divideUp(chunks, splits)));
+}
+
+} // namespace
+
+DecodeItems::DecodeItems(bsa_params const& p)
+{
+    std::int32_t const group = p.heads_q / p.heads_k;
+    std::int32_t const heads = std::min(group, kDECODE_LANES / p.seq_q);
+    rows = heads * p.seq_q;
+    rowBlocks = static_cast<std::int32_t>(divideUp(group, heads));
+    chunks = static_cast<std::int32_t>(divideUp(p.seq_k, kDECODE_CHUNK));
+    count = static_cast<std::int64_t>(p.batch) * p.heads_k * rowBlocks;
+}
+
+DecodeWorkspace decodeWorkspace(Choice const& choice, bsa_params const& p)
+{
+    if (p.seq_q == 0)
+    {
+        return {};
+    }
+    DecodeItems const items{p};
+    Kernel const& kernel = *choice.kernels[0];
+    auto const chunks = static_cast<std::size_t>(items.count) * static_cast<std::size_t>(items.chunks);
+    std::size_t const blocks = chunks * static_cast<std::size_t>(kDECODE_CHUNK / kernel.columns);
+    std::size_t const lanes = kDECODE_LANES * sizeof(float);
+    auto const rows = static_cast<std::size_t>(items.rows);
+    bool const skips = choice.kernels[1] != nullptr;
+
+    DecodeWorkspace place{};
+    auto const reserve = [&place](std::size_t bytes) {
+        std::size_t const start = place.bytes;
+        place.bytes += (bytes + 255) / 256 * 256;
+        return start;
+    };
+    place.partial = reserve(chunks * rows * static_cast<std::size_t>(kernel.head) * sizeof(float));
+    place.chunkMax = reserve(chunks * lanes);
+    place.chunkSum = reserve(chunks * lanes);
+    place.blockMax = reserve(blocks * lanes);
+    place.blockSum = reserve(skips ? blocks * lanes : 0);
+    place.probabilities = reserve(skips ? chunks * rows * kDECODE_CHUNK * sizeof(std::uint16_t) : 0);
+    return place;
+}
+
+bsa_status launchDecode(
+    Driver const& driver, Device& device, Choice const& choice, bsa_params const& params, void* stream)
+{
+    bsa_params p = params;
+    DecodeItems items{p};
+    DecodeWorkspace const place = decodeWorkspace(choice, p);
+    auto const at = [&p](std::size_t offset) { return static_cast<char*>(p.workspace) + offset; };
+    void* sections[] = {at(place.partial), at(place.chunkMax), at(place.chunkSum), at(place.blockMax),
+        at(place.blockSum), at(place.probabilities)};
+    std::int32_t given = givenBy(p);
+    std::int32_t splits = chooseSplits(p, items, device.multiprocessors());
+    Scaling scaling{p};
+
+    std::int64_t const programs = items.count * splits;
+    std::int64_t const outputs
+        = static_cast<std::int64_t>(p.batch) * p.heads_q * p.seq_q * (choice.kernels[0]->head / kOUTPUT_COLUMNS);
+    if (std::max(programs, outputs) > 0x7fffffff)
+    {
+        return fail(BSA_ERROR_UNSUPPORTED, "more than 2^31 programs");
+    }
+
+    Arguments arguments;
+    for (auto* pointer : {&p.q, &p.k, &p.v})
+    {
+        arguments.add(*pointer);
+    }
+    arguments.add(p.o);
+    arguments.add(p.bias);
+    arguments.add(p.bias); // as elements, and as bytes
+    arguments.add(p.sinks);
+    arguments.add(p.kv_lengths);
+    arguments.add(p.q_start);
+    arguments.add(p.q_lengths);
+    arguments.add(p.threshold_scale);
+    arguments.add(p.counts);
+    arguments.add(p.lse);
+    for (void*& section : sections)
+    {
+        arguments.add(section);
+    }
+    for (std::int32_t* number : {&given, &p.heads_q, &p.heads_k, &p.seq_q, &p.seq_k, &p.head_dim, &p.head_dim_v,
+             &items.rows, &items.rowBlocks, &splits, &items.chunks})
+    {
+        arguments.add(*number);
+    }
+    arguments.add(scaling.scaleLog2);
+    arguments.add(p.threshold);
+    arguments.add(p.threshold_factor);
+    arguments.add(p.window);
+    arguments.add(scaling.softcapLog2);
+    arguments.add(scaling.softcapRate);
+    for (auto* strides : {p.q_stride, p.k_stride, p.v_stride, p.o_stride})
+    {
+        for (int i = 0; i < 3; ++i)
+        {
+            arguments.add(strides[i]);
+        }
+    }
+    for (std::int64_t& stride : p.bias_stride)
+    {
+        arguments.add(stride);
+    }
+    arguments.addScratch();
+
+    for (int i = 0; i < kMAX_KERNELS; ++i)
+    {
+        Kernel const* const kernel = choice.kernels[i];
+        if (kernel == nullptr)
+        {
+            continue;
+        }
+        CudaFunction function = nullptr;
+        std::string why;
+        if (!device.function(driver, *kernel, function, why))
+        {
+            return fail(BSA_ERROR_CUDA, why);
+        }
+        LaunchAttribute early{kLAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION, 0, {1}};
+        LaunchConfig const config{{static_cast<unsigned>(kernel->role == 'c' ? outputs : programs), 1, 1},
+            {static_cast<unsigned>(kernel->threads), 1, 1}, static_cast<unsigned>(kernel->sharedBytes), stream, &early,
+            kernel->early ? 1U : 0U};
+        CudaResult const code = driver.cuLaunchKernelEx(&config, function, arguments.data(), nullptr);
+        if (code != kCUDA_SUCCESS)
+        {
+            return failCuda(driver, kernel->name, code);
+        }
+    }
+    return BSA_OK;
+}
+
+} // namespace bsa

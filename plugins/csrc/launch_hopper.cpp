@@ -1,0 +1,180 @@
+// One Hopper kernel launch: tensor maps, argument list, grid.
+
+#include "launch_hopper.h"
+
+#include "arguments.h"
+#include "driver.h"
+#include "failure.h"
+#include "given.h"
+#include "launch.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+namespace bsa {
+namespace {
+
+constexpr std::int64_t kL2_BYTES = 24'000'000; // K and V of the heads worked on together; half of an H100's L2
+constexpr std::int64_t kCAUSAL_HEADS = 4;      // and at most so many, see README.md
+
+bool encode(Driver const& driver, TensorMap& map, void const* address, int dtype, std::int64_t const stride[3],
+    int batch, int heads, int sequence, int columns, int boxRows, int boxColumns, CudaResult& code)
+{
+    std::uint64_t const sizes[4] = {static_cast<std::uint64_t>(columns), static_cast<std::uint64_t>(sequence),
+        static_cast<std::uint64_t>(heads), static_cast<std::uint64_t>(batch)};
+    // A dimension of one element may come with any stride, also one the encoder refuses.
+    std::int64_t const packed = (columns + 7) / 8 * 16;
+    auto bytes = [packed](std::int64_t elements, int size) {
+        return static_cast<std::uint64_t>(size <= 1 ? packed : elements * 2);
+    };
+    std::uint64_t const strides[3] = {bytes(stride[2], sequence), bytes(stride[1], heads), bytes(stride[0], batch)};
+    std::uint32_t const box[4] = {static_cast<std::uint32_t>(boxColumns), static_cast<std::uint32_t>(boxRows), 1, 1};
+    std::uint32_t const ones[4] = {1, 1, 1, 1};
+    int const type = dtype == BSA_FLOAT16 ? kTENSOR_MAP_FLOAT16 : kTENSOR_MAP_BFLOAT16;
+    code = driver.cuTensorMapEncodeTiled(&map, type, 4, const_cast<void*>(address), sizes, strides, box, ones, 0,
+        kTENSOR_MAP_SWIZZLE_128B, kTENSOR_MAP_L2_PROMOTION_256B, 0);
+    return code == kCUDA_SUCCESS;
+}
+
+// Which batch entries a launch computes: all, or those whose threshold is or is not zero on the device.
+enum class Share
+{
+    kALL,
+    kDENSE,
+    kSPARSE,
+};
+
+// Enqueues `kernel`; `counter` is four bytes of device memory that no other launch in flight uses.
+bsa_status launchKernel(Driver const& driver, Device& device, Kernel const& kernel, bsa_params const& p, Share share,
+    std::uint32_t* counter, void* stream)
+{
+    CudaFunction function = nullptr;
+    std::string why;
+    if (!device.function(driver, kernel, function, why))
+    {
+        return fail(BSA_ERROR_CUDA, why);
+    }
+
+    TensorMap maps[4];
+    CudaResult code = kCUDA_SUCCESS;
+    // No keys at all: the maps still need an address. What is read through them is masked.
+    int const keys = std::max(p.seq_k, 1);
+    void const* const k = p.seq_k > 0 ? p.k : p.o;
+    void const* const v = p.seq_k > 0 ? p.v : p.o;
+    bool const encoded = encode(driver, maps[0], p.q, p.dtype, p.q_stride, p.batch, p.heads_q, p.seq_q, p.head_dim,
+                             kernel.boxRows[0], kernel.boxColumns[0], code)
+        && encode(driver, maps[1], k, p.dtype, p.k_stride, p.batch, p.heads_k, keys, p.head_dim, kernel.boxRows[1],
+            kernel.boxColumns[1], code)
+        && encode(driver, maps[2], v, p.dtype, p.v_stride, p.batch, p.heads_k, keys, p.head_dim_v, kernel.boxRows[2],
+            kernel.boxColumns[2], code)
+        && encode(driver, maps[3], p.o, p.dtype, p.o_stride, p.batch, p.heads_q, p.seq_q, p.head_dim_v,
+            kernel.boxRows[3], kernel.boxColumns[3], code);
+    if (!encoded)
+    {
+        return failCuda(driver, "cuTensorMapEncodeTiled", code);
+    }
+
+    std::int32_t group = p.heads_q / p.heads_k;
+    std::int32_t headsQ = p.heads_q;
+    std::int32_t seqQ = p.seq_q;
+    std::int32_t seqK = p.seq_k;
+    std::int32_t rowBlocks = (p.seq_q + kernel.rows - 1) / kernel.rows;
+    std::int32_t heads = p.batch * p.heads_q;
+    std::int64_t const bytesPerHead = std::max<std::int64_t>(4LL * p.seq_k * kernel.head, 1);
+    std::int32_t section = static_cast<std::int32_t>(std::clamp<std::int64_t>(kL2_BYTES / bytesPerHead, 1, heads));
+    if (p.seq_k > 4096)
+    {
+        section = static_cast<std::int32_t>(std::min<std::int64_t>(section, kCAUSAL_HEADS));
+    }
+    std::int64_t const items = static_cast<std::int64_t>(rowBlocks) * heads;
+    if (items > 0x7fffffff)
+    {
+        return fail(BSA_ERROR_UNSUPPORTED, "more than 2^31 blocks of query rows");
+    }
+
+    std::int32_t given = share == Share::kALL ? 0 : share == Share::kDENSE ? kRUN_WHERE_DENSE : kRUN_WHERE_SPARSE;
+    given |= givenBy(p);
+
+    unsigned const grid = static_cast<unsigned>(std::min<std::int64_t>(items, device.multiprocessors()));
+    if (items > grid && (kernel.role != 'd' || kernel.causal))
+    {
+        // uneven work: the CTAs take items from a counter; even work is dealt out in turn and needs none
+        given |= kCOUNTER;
+        code = driver.cuMemsetD32Async(reinterpret_cast<std::uint64_t>(counter), 0, 1, stream);
+        if (code != kCUDA_SUCCESS)
+        {
+            return failCuda(driver, "cuMemsetD32Async", code);
+        }
+    }
+
+    Scaling scaling{p};
+    float threshold = p.threshold;
+    float thresholdFactor = p.threshold_factor;
+    std::int32_t window = p.window;
+    bsa_params pointers = p;
+    std::int64_t biasStride[4] = {p.bias_stride[0], p.bias_stride[1], p.bias_stride[2], p.bias_stride[3]};
+
+    Arguments arguments;
+    for (TensorMap& map : maps)
+    {
+        arguments.addMap(map);
+    }
+    arguments.add(pointers.kv_lengths);
+    arguments.add(pointers.q_start);
+    arguments.add(pointers.q_lengths);
+    arguments.add(pointers.threshold_scale);
+    arguments.add(pointers.sinks);
+    arguments.add(pointers.counts);
+    arguments.add(pointers.lse);
+    arguments.add(counter);
+    arguments.add(given);
+    arguments.add(headsQ);
+    arguments.add(group);
+    arguments.add(seqQ);
+    arguments.add(seqK);
+    arguments.add(rowBlocks);
+    arguments.add(heads);
+    arguments.add(section);
+    arguments.add(scaling.scaleLog2);
+    arguments.add(threshold);
+    arguments.add(thresholdFactor);
+    arguments.add(window);
+    arguments.add(scaling.softcapLog2);
+    arguments.add(scaling.softcapRate);
+    arguments.add(pointers.bias);
+    arguments.add(pointers.bias);
+    for (std::int64_t& stride : biasStride)
+    {
+        arguments.add(stride);
+    }
+    arguments.addScratch();
+
+    code = driver.cuLaunchKernel(function, grid, 1, 1, static_cast<unsigned>(kernel.threads), 1, 1,
+        static_cast<unsigned>(kernel.sharedBytes), stream, arguments.data(), nullptr);
+    return code == kCUDA_SUCCESS ? BSA_OK : failCuda(driver, kernel.name, code);
+}
+
+} // namespace
+
+bsa_status launchHopper(
+    Driver const& driver, Device& device, Choice const& choice, bsa_params const& params, void* stream)
+{
+    auto* counters = static_cast<std::uint32_t*>(params.workspace);
+    auto const [sparse, dense] = std::pair{choice.kernels[0], choice.kernels[1]};
+    bool const both = sparse != nullptr && dense != nullptr;
+    bsa_status status = clearCounts(driver, params, stream);
+    if (status == BSA_OK && sparse != nullptr)
+    {
+        status = launchKernel(
+            driver, device, *sparse, params, both ? Share::kSPARSE : Share::kALL, counters, stream);
+    }
+    if (status == BSA_OK && dense != nullptr)
+    {
+        status = launchKernel(
+            driver, device, *dense, params, both ? Share::kDENSE : Share::kALL, counters + 32, stream);
+    }
+    return status;
+}
+
+} // namespace bsa
