@@ -1,7 +1,8 @@
 """How fast the compiled kernels are, beside FlashAttention-3 and cuDNN, on inputs whose skipped tiles are counted.
 
 Everything that is compared runs interleaved in the same rounds: a card under load changes its clock, so only ratios
-within a run say something. FlashAttention-3 is taken from the wheel `fa3-fwd==0.0.3` where that is installed.
+within a run say something. FlashAttention-3 is taken from the wheel `fa3-fwd==0.0.3` where that is installed,
+FlashAttention-2 from PyTorch where it is not.
 """
 
 from __future__ import annotations
@@ -129,20 +130,23 @@ def _ours(
 def _contestants(case: Case, brs: tuple[int, ...]) -> tuple[dict[str, Callable[[], object]], float]:
     q, k, v = plant(case)
     runs: dict[str, Callable[[], object]] = {}
+
+    def sdpa(backend: torch.nn.attention.SDPBackend) -> Callable[[], Tensor]:
+        def attend() -> Tensor:
+            with torch.nn.attention.sdpa_kernel(backend):
+                return torch.nn.functional.scaled_dot_product_attention(
+                    q, k, v, is_causal=case.causal, enable_gqa=case.heads != case.kv_heads
+                )
+
+        return attend
+
     try:
         fa3 = importlib.import_module("fa3_fwd_interface")
         q2, k2, v2 = (t.transpose(1, 2).contiguous() for t in (q, k, v))
         runs["fa3"] = lambda: fa3.flash_attn_func(q2, k2, v2, causal=case.causal)
     except ImportError:
-        pass
-
-    def cudnn() -> Tensor:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
-            return torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=case.causal, enable_gqa=case.heads != case.kv_heads
-            )
-
-    runs["cudnn"] = cudnn
+        runs["fa2"] = sdpa(torch.nn.attention.SDPBackend.FLASH_ATTENTION)
+    runs["cudnn"] = sdpa(torch.nn.attention.SDPBackend.CUDNN_ATTENTION)
     runs["dense"], _ = _ours(q, k, v, case.causal, 0.0, 128)
     skipped = 0.0
     for br in brs:
@@ -193,10 +197,13 @@ def bench_kernels(
     """Times every case; `report` is called with each result as soon as it is there.
 
     Raises:
-        MissingError: no Hopper GPU, or no kernel library.
+        MissingError: no GPU, or no kernel library.
     """
     if not torch.cuda.is_available():
-        raise MissingError("the kernels can only be timed on a GPU", found="no CUDA device", fix="use an H100 or H200")
+        raise MissingError(
+            "the kernels can only be timed on a GPU", found="no CUDA device",
+            fix="use a GPU of compute capability 8.0 or later",
+        )  # fmt: skip
     native.load_library()
     results = []
     for case in default_cases() if cases is None else cases:

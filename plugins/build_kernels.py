@@ -11,14 +11,17 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import contextlib
+import functools
 import importlib
 import io
+import itertools
 import json
 import os
 import re
+import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,11 +30,12 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "kernels"))
 
 import decode_specifications  # noqa: E402
+import prefill_specifications  # noqa: E402
 import specifications  # noqa: E402
 from plain_kernel import ARCHITECTURES, SHARED_BYTES, PlainKernel  # noqa: E402
 from specifications import Specialisation  # noqa: E402
 
-FAMILIES: tuple[ModuleType, ...] = (specifications, decode_specifications)
+FAMILIES: tuple[ModuleType, ...] = (specifications, decode_specifications, prefill_specifications)
 TRITON_VERSION = "3.9.0"
 MANIFEST_VERSION = 2
 
@@ -93,15 +97,25 @@ def _plain(spec: PlainKernel) -> tuple[Any, int, str, dict[str, Any]]:
     function = getattr(importlib.import_module(spec.module), spec.function)
     source = ASTSource(function, spec.signature, dict(spec.constants), spec.divisors)
     options = {"num_warps": spec.warps, "num_stages": spec.stages}
-    return source, spec.architecture, ARCHITECTURES[spec.architecture], options
+    return source, spec.architecture, architecture_of(spec), options
 
 
-def compile_kernel(spec: Specialisation | PlainKernel, output: Path) -> dict[str, Any]:
-    """Compiles one specialisation to `output/<name>.cubin` and returns its line of the manifest.
+def architecture_of(spec: Specialisation | PlainKernel) -> str:
+    """What ptxas is told: sm_80, ..., with a suffix where the kernel's PTX needs one."""
+    if isinstance(spec, PlainKernel):
+        return f"sm_{spec.architecture}" if spec.ptx else ARCHITECTURES[spec.architecture]
+    return "sm_90a"
 
-    Raises:
-        BuildError: too many spilled bytes, too much shared memory, or serialised tensor-core instructions.
-    """
+
+def _source(spec: Specialisation | PlainKernel) -> Specialisation | PlainKernel:
+    """The specialisation that Triton compiles: another's where several architectures share its PTX."""
+    shares = isinstance(spec, PlainKernel) and spec.ptx
+    return replace(spec, architecture=spec.ptx) if shares else spec  # type: ignore[union-attr]
+
+
+@functools.lru_cache(maxsize=1)
+def _generate(spec: Specialisation | PlainKernel) -> tuple[Any, str]:
+    """Triton's compiled kernel and what ptxas reported."""
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     import triton
     from triton.backends.compiler import GPUTarget
@@ -121,12 +135,40 @@ def compile_kernel(spec: Specialisation | PlainKernel, output: Path) -> dict[str
             kernel = triton.compile(
                 source, target=GPUTarget("cuda", capability, 32), options={**options, "enable_fp_fusion": True}
             )
-    text = log.getvalue()
+    return kernel, log.getvalue()
+
+
+def _assemble(ptx: str, architecture: str) -> tuple[bytes, str]:
+    """Machine code of PTX that was made for an earlier architecture, and ptxas's report."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        command = [get_ptxas(80).path, "-v", f"--gpu-name={architecture}", str(source), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise BuildError(f"ptxas failed for {architecture}\n{done.stderr}")
+        return target.read_bytes(), done.stderr
+
+
+def compile_kernel(spec: Specialisation | PlainKernel, output: Path) -> dict[str, Any]:
+    """Compiles one specialisation to `output/<name>.cubin` and returns its line of the manifest.
+
+    Raises:
+        BuildError: too many spilled bytes, too much shared memory, or serialised tensor-core instructions.
+    """
+    source, architecture = _source(spec), architecture_of(spec)
+    kernel, text = _generate(source)
+    cubin = kernel.asm["cubin"]
+    if source != spec:
+        cubin, text = _assemble(kernel.asm["ptx"], architecture)
     spilled = max([int(n) for n in re.findall(r"(\d+) bytes spill stores", text)], default=-1)
     if spilled < 0:
         raise BuildError(f"{spec.name}: no report from ptxas\n{text}")
     if spilled > spec.spills and not os.environ.get("BSA_ACCEPT_SPILLS"):  # for experiments
         raise BuildError(f"{spec.name}: {spilled} bytes spilled, {spec.spills} are accepted")
+    capability = spec.architecture if isinstance(spec, PlainKernel) else 90
     if kernel.metadata.shared > SHARED_BYTES[capability]:
         raise BuildError(
             f"{spec.name}: {kernel.metadata.shared} bytes of shared memory do not fit every {architecture}"
@@ -134,7 +176,6 @@ def compile_kernel(spec: Specialisation | PlainKernel, output: Path) -> dict[str
     serialised = [line for line in text.splitlines() if re.search(r"C75\d\d", line)]
     if serialised:
         raise BuildError(f"{spec.name}: ptxas serialised the tensor-core instructions\n{serialised[0]}")
-    cubin = kernel.asm["cubin"]
     (output / f"{spec.name}.cubin").write_bytes(cubin)
     threads = re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])
     registers = re.search(r"Used (\d+) registers", text)
@@ -148,16 +189,19 @@ def compile_kernel(spec: Specialisation | PlainKernel, output: Path) -> dict[str
     }  # fmt: skip
 
 
-def _compile(arguments: tuple[Specialisation | PlainKernel, Path]) -> dict[str, Any]:
-    return compile_kernel(*arguments)
+def _compile(specs: list[Specialisation | PlainKernel], output: Path) -> list[dict[str, Any]]:
+    return [compile_kernel(spec, output) for spec in specs]
 
 
 def build(specs: list[Specialisation | PlainKernel], output: Path, jobs: int) -> dict[str, Any]:
     """Compiles `specs` and writes `manifest.json`; returns the manifest."""
     output.mkdir(parents=True, exist_ok=True)
+    groups: dict[Specialisation | PlainKernel, list[Specialisation | PlainKernel]] = {}
+    for spec in specs:
+        groups.setdefault(_source(spec), []).append(spec)  # what shares PTX is compiled in one process
     kernels = []
     with concurrent.futures.ProcessPoolExecutor(max_workers=jobs) as pool:
-        for line in pool.map(_compile, [(spec, output) for spec in specs]):
+        for line in itertools.chain.from_iterable(pool.map(_compile, groups.values(), itertools.repeat(output))):
             kernels.append(line)
             print(f"{line['name']:45s} {line['bytes'] // 1024:5d} KiB  {line['shared_bytes']:6d} B shared  "
                   f"{line['spilled_bytes']:4d} B spilled", flush=True)  # fmt: skip
@@ -171,9 +215,13 @@ def main() -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder for the cubins and manifest.json")
     parser.add_argument("--only", default="", help="regular expression on the kernels' names")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--portable-on-hopper", action="store_true", help="also the portable prefill kernels for 9.0")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     arguments = parser.parse_args()
-    specs = [spec for spec in all_specialisations() if re.search(arguments.only, spec.name)]
+    everything = all_specialisations()
+    if arguments.portable_on_hopper:
+        everything += prefill_specifications.hopper_specialisations()
+    specs = [spec for spec in everything if re.search(arguments.only, spec.name)]
     if not specs:
         parser.error(f"no kernel matches {arguments.only!r}")
     if arguments.list:

@@ -5,12 +5,27 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
 namespace bsa {
 namespace {
 
 constexpr int kMAX_HEAD = 256;
 constexpr int kTILE_COLUMNS = 128;
+constexpr int kHOPPER = 90;                          // compute capability, times ten
+constexpr std::int64_t kPREFILL_ROW_STRIDE = 1 << 24; // offsets within 128 rows of K or V have 32 bits there
+
+// Whether the portable kernels are to be tried where Hopper's would run. Only a library that was built for it asks.
+bool prefersPortable()
+{
+#if defined(BSA_PORTABLE_ON_HOPPER)
+    char const* family = std::getenv("BSA_FAMILY");
+    return family != nullptr && std::strcmp(family, "portable") == 0;
+#else
+    return false;
+#endif
+}
 
 std::string number(std::int64_t value)
 {
@@ -101,10 +116,10 @@ bool chooseDecode(bsa_params const& p, int capability, Choice& choice, std::stri
         && want('c', choice.kernels[2]);
 }
 
-bool chooseHopper(bsa_params const& p, int capability, Choice& choice, std::string& reason)
+// What both prefill families ask of the decision.
+bool decidable(bsa_params const& p, std::string& reason)
 {
-    bool const singleRow = p.seq_q == 1;
-    if (p.bc != kTILE_COLUMNS || (!singleRow && p.br != 64 && p.br != 128))
+    if (p.bc != kTILE_COLUMNS || (p.seq_q != 1 && p.br != 64 && p.br != 128))
     {
         reason = "tiles of " + number(p.br) + " x " + number(p.bc)
             + " are not compiled; supported are 64 x 128 and 128 x 128 (1 x 128 where seq_q is 1)";
@@ -116,20 +131,66 @@ bool chooseHopper(bsa_params const& p, int capability, Choice& choice, std::stri
             + " query rows; use unit \"head\"";
         return false;
     }
-    // A single row is its own row block, so 64 rows of which one exists decide exactly as 1 x 128.
-    bool const joint = !singleRow && p.br == 128;
-    bool const general = p.bias_kind != BSA_BIAS_NONE || p.window > 0 || p.softcap > 0.0F;
+    return true;
+}
+
+// A single row is its own row block, so 64 rows of which one exists decide exactly as 1 x 128.
+bool decidesJointly(bsa_params const& p)
+{
+    return p.seq_q != 1 && p.br == 128;
+}
+
+bool isGeneral(bsa_params const& p)
+{
+    return p.bias_kind != BSA_BIAS_NONE || p.window > 0 || p.softcap > 0.0F;
+}
+
+bool choosePortable(bsa_params const& p, int capability, Choice& choice, std::string& reason)
+{
+    if (p.seq_k > 1 && (p.k_stride[2] >= kPREFILL_ROW_STRIDE || p.v_stride[2] >= kPREFILL_ROW_STRIDE))
+    {
+        reason = "rows of k and v must lie less than " + number(kPREFILL_ROW_STRIDE) + " elements apart";
+        return false;
+    }
+    choice = Choice{Family::kPREFILL, {}};
+    char const role = isGeneral(p) ? 'g' : 's';
+    return take({Family::kPREFILL, capability, p.dtype, paddedHead(p), role, false, decidesJointly(p)},
+        choice.kernels[0], reason);
+}
+
+bool chooseHopper(bsa_params const& p, int capability, Choice& choice, std::string& reason)
+{
     Threshold const threshold{p};
     choice = Choice{Family::kHOPPER, {}};
     auto const want = [&](char role, Kernel const*& kernel) {
-        return take({Family::kHOPPER, capability, p.dtype, paddedHead(p), role, p.is_causal != 0, joint}, kernel, reason);
+        return take({Family::kHOPPER, capability, p.dtype, paddedHead(p), role, p.is_causal != 0, decidesJointly(p)},
+            kernel, reason);
     };
-    if (general)
+    if (isGeneral(p))
     {
         return want('g', choice.kernels[0]);
     }
     return (threshold.neverSkips || want('s', choice.kernels[0]))
         && (!(threshold.neverSkips || threshold.mayBeDense) || want('d', choice.kernels[1]));
+}
+
+bool choosePrefill(bsa_params const& p, int capability, Choice& choice, std::string& reason)
+{
+    if (!decidable(p, reason))
+    {
+        return false;
+    }
+    if (prefersPortable() && choosePortable(p, capability, choice, reason))
+    {
+        return true;
+    }
+    std::string portableReason;
+    if (chooseHopper(p, capability, choice, reason) || choosePortable(p, capability, choice, portableReason))
+    {
+        return true;
+    }
+    reason = capability == kHOPPER ? reason : portableReason;
+    return false;
 }
 
 } // namespace
@@ -180,7 +241,7 @@ bool choose(bsa_params const& p, int capability, Choice& choice, std::string& re
         return true;
     }
     std::string prefillReason;
-    if (chooseHopper(p, capability, choice, prefillReason))
+    if (choosePrefill(p, capability, choice, prefillReason))
     {
         return true;
     }

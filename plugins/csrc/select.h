@@ -16,6 +16,7 @@ constexpr int kANY_CAPABILITY = 0; // no device is known: any compiled architect
 //              computes the batch entries that are its own.
 //     kDECODE: 0 scores (and the products with V of dense batch entries), 1 the products of those that skip, null where
 //              none can, 2 the sum of the partial results.
+//     kPREFILL: 0 the kernel.
 struct Choice {
     Family family{Family::kHOPPER};
     Kernel const* kernels[kMAX_KERNELS]{};

@@ -27,6 +27,8 @@ class PlainKernel:
             type in which T stands for the dtype, divisor what the value (an address in bytes) is a multiple of.
         constants: the kernel's `tl.constexpr` arguments.
         architecture: a key of `ARCHITECTURES`.
+        ptx: compute capability, times ten, for which Triton generates PTX; 0 is `architecture`. An earlier one makes
+            the same PTX serve several architectures, and what is tried on one is what the others run.
         dtype: "fp16" or "bf16".
         head: head size it is shaped for; narrower heads are masked.
         role: what the kernel does in its family.
@@ -54,6 +56,7 @@ class PlainKernel:
     joint: bool = False
     early: bool = False
     spills: int = 0
+    ptx: int = 0
 
     @property
     def name(self) -> str:

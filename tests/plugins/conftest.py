@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,3 +16,12 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
         pytest.skip("needs g++")
     torch.set_num_threads(1)
     return Emulation(Path(tmp_path_factory.mktemp("emulation")))
+
+
+@pytest.fixture(params=["hopper", "portable"])
+def prefill(request: pytest.FixtureRequest, emulation: Emulation) -> Iterator[Emulation]:
+    """The C library on a device for which it has Hopper's prefill kernels, and on one where the portable ones run."""
+    emulation.driver.emulated_capability(90 if request.param == "hopper" else 80)
+    yield emulation
+    emulation.driver.emulated_capability(90)
+    assert emulation.launched[0][0].startswith("sm90a" if request.param == "hopper" else "sm80")

@@ -54,7 +54,7 @@ def compile_library(folder: Path, libcuda: str = "") -> Path:
     for spec in build.all_specialisations():
         line = {name: getattr(spec, name) for name in spec.__dataclass_fields__}
         if is_plain(spec):
-            capability, architecture = spec.architecture, build.ARCHITECTURES[spec.architecture]
+            capability, architecture = spec.architecture, build.architecture_of(spec)
             line |= {"threads": 32 * spec.warps, "boxes": [], "entry": spec.function}
         else:
             capability, architecture = 90, "sm_90a"

@@ -16,7 +16,8 @@ HOPPER_SUBSET = r"bf16_d128_(dense_causal|skip_causal_128)|fp16_d64_plain_64|fp1
 DECODE_SUBSET = (
     r"sm80_bf16_d128_decode|sm90_fp16_d64_decode_scores|sm100_bf16_d128_decode_v|sm120_fp16_d256_decode_(s|v)"
 )
-SUBSET = f"{HOPPER_SUBSET}|{DECODE_SUBSET}"
+PREFILL_SUBSET = "sm100_bf16_d128_prefill_skip_128x128"
+SUBSET = f"{HOPPER_SUBSET}|{DECODE_SUBSET}|{PREFILL_SUBSET}"
 
 
 def test_every_combination_is_listed_once() -> None:
@@ -58,6 +59,22 @@ def test_a_decode_kernel_is_listed_for_every_architecture_and_fits_its_name() ->
     assert {spec.columns for spec in specs} <= {int(common["TILE"]) // n for n in (1, 2, 4)}
 
 
+def test_a_portable_prefill_kernel_is_listed_for_every_architecture_but_hopper() -> None:
+    build = plugin_module("build_kernels")
+    specs = plugin_module("prefill_specifications").all_specialisations()
+    assert len({spec.name for spec in specs}) == len(specs) == 3 * 2 * 3 * 2 * 2
+    assert {build.architecture_of(spec) for spec in specs} == {"sm_80", "sm_100", "sm_120"}
+    hopper = plugin_module("prefill_specifications").hopper_specialisations()
+    assert {build.architecture_of(spec) for spec in hopper} == {"sm_90"} and len(hopper) * 3 == len(specs)
+    source = (PLUGINS / "kernels" / "portable_prefill.py").read_text()
+    signature = re.search(r"def portable_prefill\((.*?)\):", source, re.S)
+    assert signature
+    names = [part.split(":")[0].strip() for part in signature[1].split(",") if part.strip()]
+    for spec in specs:
+        assert names == list(spec.signature)
+        assert spec.joint == (spec.rows == 128) and spec.columns == 128
+
+
 def test_arguments_are_in_the_order_of_the_kernel() -> None:
     build = plugin_module("build_kernels")
     source = (PLUGINS / "kernels" / "hopper_prefill.py").read_text()
@@ -93,7 +110,8 @@ def test_a_subset_compiles(tmp_path: Path) -> None:
     # two warpgroups with a masked and an unmasked loop each; 64 scores a thread (32 at 64 columns) and two row scales
     assert exponentials_under_products(tmp_path / "sm90a_bf16_d128_dense_causal.cubin") == [66] * 4
     assert exponentials_under_products(tmp_path / "sm90a_fp16_d256_dense.cubin") == [34] * 4
-    architectures = {"sm_80": 99 << 10, "sm_90a": 227 << 10, "sm_100f": 227 << 10, "sm_120": 99 << 10}
+    architectures = {"sm_80": 99 << 10, "sm_90a": 227 << 10, "sm_100f": 227 << 10, "sm_120": 99 << 10,
+                     "sm_100": 99 << 10}  # fmt: skip
     assert {kernel["architecture"] for kernel in manifest["kernels"]} == set(architectures)
     for kernel in manifest["kernels"]:
         image = (tmp_path / kernel["file"]).read_bytes()

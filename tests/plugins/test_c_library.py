@@ -86,13 +86,13 @@ def test_what_a_device_cannot_run_is_named(emulation: Emulation, capability: int
     finally:
         emulation.driver.emulated_capability(90)
     name = f"capability {capability // 10}.{capability % 10}"
-    assert (name in decode and "sm_80" in decode) == (capability in (75, 110))
-    assert (name in prefill and "sm_90a" in prefill) == (capability != 90)
+    for refusal in (decode, prefill):
+        assert (name in refusal and "sm_80" in refusal) == (capability in (75, 110))
 
 
 def test_version_lists_every_architecture(emulation: Emulation) -> None:
     assert emulation.library.version["abi"] == native.ABI_VERSION
-    assert emulation.library.version["architectures"] == ["sm_80", "sm_90a", "sm_100f", "sm_120"]
+    assert emulation.library.version["architectures"] == ["sm_80", "sm_90a", "sm_100", "sm_100f", "sm_120"]
 
 
 def test_the_workspace_follows_the_call(emulation: Emulation) -> None:
@@ -110,10 +110,22 @@ def test_the_workspace_follows_the_call(emulation: Emulation) -> None:
 
 def test_another_architecture_is_named(emulation: Emulation, tmp_path: Path) -> None:
     library = _library_of_its_own(emulation, tmp_path)
-    emulation.driver.emulated_capability(103)
+    emulation.driver.emulated_capability(110)
     try:
         refusal = library.refusal(call())
-        assert "capability 10.3" in refusal and "sm_90a" in refusal
+        assert "capability 11.0" in refusal and "sm_100" in refusal
+    finally:
+        emulation.driver.emulated_capability(90)
+
+
+def test_rows_too_far_apart_for_the_portable_kernels_are_refused(emulation: Emulation) -> None:
+    q = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16)
+    k = torch.empty_strided((1, 1, 2, 64), (1 << 25, 1 << 25, 1 << 24, 1), dtype=q.dtype)
+    far = native.pack(q, k, k, q)
+    assert emulation.library.refusal(far) == ""
+    emulation.driver.emulated_capability(86)
+    try:
+        assert "16777216 elements apart" in emulation.library.refusal(far)
     finally:
         emulation.driver.emulated_capability(90)
 

@@ -1,7 +1,8 @@
-"""The Hopper kernels' own source, executed over an emulated SM and driver, against the definition.
+"""The prefill kernels' own source, executed over an emulated driver, against the definition.
 
-Everything between the C ABI and the products is the real thing: the choice of kernel, tensor maps, argument list,
-schedule, barriers, masks, votes, counts. What is not: layouts, registers, the compiler, time.
+Hopper's run over an emulated SM, the portable ones in Triton's interpreter. Everything between the C ABI and the
+products is the real thing: the choice of kernel, tensor maps, argument list, schedule, barriers, masks, votes, counts.
+What is not: layouts, registers, the compiler, time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from planted import THRESHOLD, planted
 from sparse_attention.reference import attention
 
 RAGGED = [(1, 1), (1, 129), (17, 17), (17, 129), (113, 203), (300, 64), (300, 520)]
+"""Query rows and keys; up to 16 rows are the decode kernels' affair."""
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Absolute, for outputs of magnitude up to 4; the largest error seen was 8e-3 and 1e-3."""
 
@@ -42,22 +44,22 @@ def check(emulation: Emulation, q: Any, k: Any, v: Any, *, clean: Any = None, se
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("br", [64, 128])
 @pytest.mark.parametrize("lam", [0.0, THRESHOLD])
-def test_ragged(emulation: Emulation, size: int, causal: bool, br: int, lam: float) -> None:
+def test_ragged(prefill: Emulation, size: int, causal: bool, br: int, lam: float) -> None:
     for rows, columns in RAGGED:
-        counts = check(emulation, *inputs(1, 2, 1, rows, columns, size), threshold=lam, br=br, is_causal=causal)[1]
+        counts = check(prefill, *inputs(1, 2, 1, rows, columns, size), threshold=lam, br=br, is_causal=causal)[1]
         if columns == 520 and lam:
             assert counts[:, 0].sum() > 0
-        if rows <= 16:  # the decode kernels take these
-            assert {name.split("_")[3] for name, _ in emulation.launched} == {"decode"}
+        if rows <= 16:
+            assert {name.split("_")[3] for name, _ in prefill.launched} == {"decode"}
             continue
-        assert len(emulation.launched) == 1
-        role = {True: "plain|skip", False: "dense"}[lam > 0]
-        assert emulation.launched[0][0].split("_")[3] in role.split("|")
+        (kernel, _), *others = prefill.launched
+        assert not others
+        assert kernel.startswith("sm80") or ("dense" in kernel) == (lam == 0)
 
 
 @pytest.mark.parametrize("br", [64, 128])
 @pytest.mark.parametrize("what", ["window", "softcap", "additive", "boolean", "all"])
-def test_general(emulation: Emulation, what: str, br: int) -> None:
+def test_general(prefill: Emulation, what: str, br: int) -> None:
     generator = torch.Generator().manual_seed(1)
     q, k, v = inputs(2, 2, 1, 200, 420, 64, dtype=torch.float16)
     options: dict[str, Any] = {"is_causal": what != "boolean"}
@@ -75,17 +77,15 @@ def test_general(emulation: Emulation, what: str, br: int) -> None:
         options["bias"][:, :, :, 100:260] = False
         options["bias"][:, :, 64:128] = False
     for lam in (0.0, THRESHOLD):
-        check(emulation, q, k, v, threshold=lam, br=br, **options)
-    assert "general" in emulation.launched[0][0]
+        check(prefill, q, k, v, threshold=lam, br=br, **options)
+    assert "general" in prefill.launched[0][0]
 
 
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(("prefill", "size"), [("hopper", 64), ("hopper", 128), ("portable", 64)], indirect=["prefill"])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lam", [0.0, THRESHOLD])
 @pytest.mark.parametrize("softcap", [0.0, 60.0])
-def test_lengths_and_poisoned_padding(
-    emulation: Emulation, size: int, causal: bool, lam: float, softcap: float
-) -> None:
+def test_lengths_and_poisoned_padding(prefill: Emulation, size: int, causal: bool, lam: float, softcap: float) -> None:
     q, k, v = inputs(4, 2, 1, 200, 400, size)
     lengths = {"kv_lengths": [400, 257, 0, 77], "q_lengths": [200, 65, 100, 0], "q_start": [200, 192, 0, -30]}
     given = {name: torch.tensor(values, dtype=torch.int32) for name, values in lengths.items()}
@@ -94,7 +94,7 @@ def test_lengths_and_poisoned_padding(
         k[b, :, lengths["kv_lengths"][b] :] = float("nan")
         v[b, :, lengths["kv_lengths"][b] :] = float("inf")
         q[b, :, lengths["q_lengths"][b] :] = float("nan")
-    out, _, lse = check(emulation, q, k, v, clean=clean, threshold=lam, is_causal=causal, softcap=softcap, **given)
+    out, _, lse = check(prefill, q, k, v, clean=clean, threshold=lam, is_causal=causal, softcap=softcap, **given)
     for b in range(4):
         assert not out[b, :, lengths["q_lengths"][b] :].any()
         assert (lse[b, :, lengths["q_lengths"][b] :] == -math.inf).all()
@@ -112,51 +112,64 @@ def test_every_order_of_events_gives_the_same(emulation: Emulation, size: int, b
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("prefill", "size"), [("hopper", 64), ("hopper", 128), ("hopper", 256), ("portable", 64)], indirect=["prefill"]
+)
 @pytest.mark.parametrize("causal", [False, True])
-def test_threshold_from_device_memory(emulation: Emulation, size: int, causal: bool) -> None:
-    """λ = 0 at run time is the dense kernel, bit for bit; of the two kernels enqueued one finds nothing to do."""
+def test_threshold_from_device_memory(prefill: Emulation, size: int, causal: bool) -> None:
+    """λ = 0 at run time gives the dense kernel's bits; of Hopper's two kernels enqueued one finds nothing to do."""
     q, k, v = inputs(2, 2, 1, 300, 600, size)
-    dense = emulation.run(q, k, v, is_causal=causal)[0]
-    skipping = emulation.run(q, k, v, is_causal=causal, threshold=THRESHOLD)[0]
+    dense = prefill.run(q, k, v, is_causal=causal)[0]
+    skipping = prefill.run(q, k, v, is_causal=causal, threshold=THRESHOLD)[0]
     assert not torch.equal(dense, skipping)
     for scale, expected in ((0.0, dense), (1.0, skipping), (-1.0, dense), (math.nan, dense), (2000.0, dense)):
-        out, counts, _ = check(emulation, q, k, v, is_causal=causal, threshold=THRESHOLD,
+        out, counts, _ = check(prefill, q, k, v, is_causal=causal, threshold=THRESHOLD,
                                threshold_scale=torch.tensor([scale]))  # fmt: skip
         assert torch.equal(out, expected)
         assert (counts[:, 0] > 0).all() == (expected is skipping)
-        assert len(emulation.launched) == 2
+        assert len(prefill.launched) == (1 if "sm80" in prefill.launched[0][0] else 2)
 
 
-def test_calibrated_threshold_follows_the_length(emulation: Emulation) -> None:
+def test_calibrated_threshold_follows_the_length(prefill: Emulation) -> None:
     q, k, v = inputs(2, 2, 2, 200, 1000, 128)
     lengths = torch.tensor([1000, 100], dtype=torch.int32)
-    counts = check(emulation, q, k, v, threshold_factor=150.0, kv_lengths=lengths)[1]
+    counts = check(prefill, q, k, v, threshold_factor=150.0, kv_lengths=lengths)[1]
     assert counts[:, 0].sum() > 0  # of the first entry alone: the second's λ is 1.5, which is dense
 
 
-def test_sinks_and_lse(emulation: Emulation) -> None:
+def test_sinks_and_lse(prefill: Emulation) -> None:
     q, k, v = inputs(1, 4, 4, 100, 300, 128)
     sinks = torch.tensor([0.0, 14.0, -5.0, 20.0], dtype=q.dtype)
-    check(emulation, q, k, v, threshold=THRESHOLD, sinks=sinks, is_causal=True)
-    lse = emulation.run(q, k, v)[2]
+    check(prefill, q, k, v, threshold=THRESHOLD, sinks=sinks, is_causal=True)
+    lse = prefill.run(q, k, v)[2]
     scores = (q.float() @ k.float().transpose(-1, -2)) * 128**-0.5
     torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-5, atol=1e-4)
 
 
-def test_sequence_major_strides(emulation: Emulation) -> None:
+def test_sequence_major_strides(prefill: Emulation) -> None:
     q, k, v = inputs(2, 4, 2, 100, 200, 128)
     moved = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
-    assert torch.equal(emulation.run(q, k, v)[0], emulation.run(*moved)[0])
+    assert torch.equal(prefill.run(q, k, v)[0], prefill.run(*moved)[0])
 
 
 @pytest.mark.parametrize(("size", "value_size"), [(40, 40), (96, 96), (128, 64), (192, 128)])
-def test_head_sizes_between(emulation: Emulation, size: int, value_size: int) -> None:
+def test_head_sizes_between(prefill: Emulation, size: int, value_size: int) -> None:
     q, k, v = inputs(1, 2, 2, 100, 300, size, value_size=value_size)
-    check(emulation, q, k, v, threshold=THRESHOLD, is_causal=True)
+    check(prefill, q, k, v, threshold=THRESHOLD, is_causal=True)
 
 
-def test_no_keys_at_all(emulation: Emulation) -> None:
+def test_no_keys_at_all(prefill: Emulation) -> None:
     q, k, v = inputs(1, 2, 2, 100, 128, 64)
-    out, counts, _ = emulation.run(q, k[:, :, :0], v[:, :, :0])
+    out, counts, _ = prefill.run(q, k[:, :, :0], v[:, :, :0])
     assert not out.any() and not counts.any()
+
+
+def test_values_of_skipped_tiles_are_not_read(prefill: Emulation) -> None:
+    q, k, v = inputs(1, 2, 2, 128, 900, 64, split=0)
+    options: dict[str, Any] = {"threshold": THRESHOLD, "br": 128}
+    clean, counts, _ = check(prefill, q, k, v, **options)
+    _, tiles = attention(q, k, v, **options)
+    skipped = (tiles.exists & ~tiles.kept)[0, :, 0].repeat_interleave(128, -1)[:, :900]
+    assert skipped.any(-1).all() and counts[:, 0].sum() > 0
+    poisoned = v.masked_fill(skipped[None, :, :, None], float("nan"))
+    assert torch.equal(prefill.run(q, k, poisoned, **options)[0], clean)

@@ -1,4 +1,8 @@
-"""The compiled kernels against the definition, on an H100 or H200."""
+"""The compiled prefill kernels against the definition, on a GPU.
+
+On an H100 or H200 every check runs for Hopper's kernels and, with a library built with -DBSA_PORTABLE_ON_HOPPER=ON, for
+the portable ones, whose PTX is the same on every architecture. Elsewhere only the portable ones exist.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +17,34 @@ from torch import Tensor
 
 from sparse_attention import native
 
+HOPPER = (9, 0)
+FAMILY = "BSA_FAMILY"
+
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("family"),
     pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0) or native.find_library() is None,
-        reason=f"needs an H100 or H200 and the kernel library ({native.BUILD_COMMAND})",
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0) or native.find_library() is None,
+        reason=f"needs a GPU of compute capability 8.0 or later and the kernel library ({native.BUILD_COMMAND})",
     ),
 ]
 RAGGED = [(1, 1), (1, 129), (113, 203), (511, 511), (128, 512), (4097, 4097), (300, 64)]
 BOTH = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(params=["hopper", "portable"])
+def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which kernels run the test's calls of more than 16 query rows."""
+    on_hopper = torch.cuda.get_device_capability() == HOPPER
+    if request.param == "hopper" and not on_hopper:
+        pytest.skip("Hopper's kernels need an H100 or H200")
+    if request.param == "portable" and on_hopper:
+        monkeypatch.setenv(FAMILY, "portable")
+    q = torch.zeros(1, 1, 64, 64, dtype=torch.float16, device="cuda")
+    has_work_counter = native.load_library().workspace_size(native.pack(q, q, q, q)) > 0
+    if has_work_counter != (request.param == "hopper"):
+        pytest.skip("the library was built without these kernels (-DBSA_KERNELS=..., -DBSA_PORTABLE_ON_HOPPER=ON)")
+    return str(request.param)
 
 
 @pytest.mark.parametrize("dtype", BOTH)
