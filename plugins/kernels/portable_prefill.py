@@ -131,15 +131,23 @@ def logits(scores, rows, column, seq_q, seq_k, scale_log2, softcap_log2, softcap
 
 
 @triton.jit
-def add_columns(scores, scale, shift, sums, acc, v, column, v_row, head_dim_v, kv_end, PARTS: tl.constexpr,
-                MASKED: tl.constexpr):  # fmt: skip
+def load_values(v, column, v_row, head_dim_v, kv_end, PARTS: tl.constexpr, MASKED: tl.constexpr):
+    """64 rows of V, in pieces."""
+    pieces = ()
+    for part in tl.static_range(PARTS):
+        pieces += (load_piece(v, column, v_row, part * PIECE, head_dim_v, kv_end, MASKED),)
+    return pieces
+
+
+@triton.jit
+def add_columns(scores, scale, shift, sums, acc, values, PARTS: tl.constexpr):
     """Adds 64 columns to the row sums and to the output."""
     p = tl.exp2(scores * scale - shift[:, None])
     sums += tl.sum(p, 1)
+    p = p.to(values[0].dtype)
     result = ()
     for part in tl.static_range(PARTS):
-        piece = load_piece(v, column, v_row, part * PIECE, head_dim_v, kv_end, MASKED)
-        result += (tl.dot(p.to(piece.dtype), piece, acc[part]),)
+        result += (tl.dot(p, values[part], acc[part]),)
     return sums, result
 
 
@@ -177,6 +185,10 @@ def attend(
         vote = tl.max(tl.where(sees, 1 + (highest - m >= least).to(tl.int32), 0), 0)
         exist += (vote > 0).to(tl.int32)
         if vote == 2:
+            # all of V at once, so that its latency is waited for once; a head of 256 has no registers for that
+            left_values = load_values(v, column, v_row, head_dim_v, kv_end, PARTS, MASKED)
+            if PARTS <= Q_STAYS:
+                right_values = load_values(v, column + PIECE, v_row, head_dim_v, kv_end, PARTS, MASKED)
             new_m = tl.maximum(m, highest)
             shift = tl.where(new_m == float("-inf"), 0.0, new_m)  # has seen nothing: -inf - -inf would be NaN
             alpha = tl.exp2(m - shift)
@@ -185,10 +197,10 @@ def attend(
             scaled = ()
             for part in tl.static_range(PARTS):
                 scaled += (acc[part] * alpha[:, None],)
-            sums, scaled = add_columns(left, scale, shift, sums, scaled, v, column, v_row, head_dim_v, kv_end, PARTS,
-                                       MASKED)  # fmt: skip
-            sums, acc = add_columns(right, scale, shift, sums, scaled, v, column + PIECE, v_row, head_dim_v, kv_end,
-                                    PARTS, MASKED)  # fmt: skip
+            sums, scaled = add_columns(left, scale, shift, sums, scaled, left_values, PARTS)
+            if PARTS > Q_STAYS:
+                right_values = load_values(v, column + PIECE, v_row, head_dim_v, kv_end, PARTS, MASKED)
+            sums, acc = add_columns(right, scale, shift, sums, scaled, right_values, PARTS)
             kept += 1
     return m, sums, acc, kept, exist
 
