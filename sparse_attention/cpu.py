@@ -7,6 +7,7 @@ product; a maximum per tile decides; heads that skip something then gather their
 from __future__ import annotations
 
 import math
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from sparse_attention.threshold import PhaseThreshold
 NEGATIVE_INFINITY = -math.inf
 _SCORES_AT_ONCE = 1 << 20
 """Scores computed at once where they are of several K/V heads: 4 MiB, so that what follows finds them in the cache."""
+_ROWS_OF_A_LARGE_PRODUCT = 32
+"""From here on products are threaded better one by one than as a batch."""
 
 
 def block_skip_attention_cpu(
@@ -80,7 +83,7 @@ class _TileRow:
         self, k: Tensor, v: Tensor, sinks: Tensor | None, *, br: int, bc: int, group: int, is_causal: bool,
         scale: float, softcap: float, window: int, length: int, start: int, log_threshold: float, joint: bool,
     ) -> None:  # fmt: skip
-        self.k, self.v = (functional.pad(x[:, :length].float(), (0, 0, 0, -length % bc)) for x in (k, v))
+        self.k, self.v = (_whole_tiles(x[:, :length].float(), bc) for x in (k, v))
         self.sinks = sinks
         self.bc, self.group = bc, group
         self.is_causal, self.scale, self.softcap, self.window = is_causal, scale, softcap, window
@@ -92,23 +95,27 @@ class _TileRow:
 
     def __call__(self, q: Tensor, first: int, bias: Tensor | None, counts: list[list[int]], out: Tensor) -> None:
         """One tile row: `q [Hq, rows, D] float32` from query row `first` on; adds to `counts`, fills `out`."""
-        rows = q.shape[1]
+        heads, rows, size = q.shape
         begin, end = self._columns(first, rows)
         if begin >= end:
             return
         sees_all = bias is None and self._every_row_sees_every_tile(first, rows, begin, end)
-        for kv_head in range(0, len(self.k), self.at_once):
+        kv_heads = len(self.k)
+        q = (q * self.scale).reshape(kv_heads, -1, size)  # heads that share keys are rows of one product
+        product = q.new_empty(kv_heads, q.shape[1], out.shape[-1])
+        for kv_head in range(0, kv_heads, self.at_once):
             some = slice(kv_head, kv_head + self.at_once)
-            heads = slice(kv_head * self.group, (kv_head + self.at_once) * self.group)
-            k, v = self.k[some, begin:end], self.v[some, begin:end]
-            sinks = None if self.sinks is None else self.sinks[heads]
-            some_bias = bias[heads] if bias is not None and bias.shape[0] > 1 else bias
-            scores = self._scores(q[heads], k, first, begin, some_bias)
-            skipped = self._decide(scores, sees_all, counts[heads])
+            of_some = slice(some.start * self.group, some.stop * self.group)
+            some_bias = bias[of_some] if bias is not None and bias.shape[0] > 1 else bias
+            sinks = None if self.sinks is None else self.sinks[of_some]
+            v = self.v[some, begin:end]
+            scores = self._scores(q[some], self.k[some, begin:end], rows, first, begin, some_bias)
+            skipped = self._decide(scores, sees_all, counts[of_some])
             if skipped is None:
-                out[heads] = _softmax_product(scores, v, sinks, sees_all)
+                _product(_softmax(scores, sinks, sees_all).view(len(v), -1, end - begin), v, product[some])
             else:
-                self._kept_product(scores, v, sinks, sees_all, skipped, out[heads])
+                self._kept_product(scores, v, sinks, sees_all, skipped, product[some])
+        out.copy_(product.view(heads, rows, -1))
 
     def _columns(self, first: int, rows: int) -> tuple[int, int]:
         """The columns some row can see by position, from one border of tiles to another."""
@@ -125,13 +132,12 @@ class _TileRow:
         oldest = first + rows - 1 + self.start - self.window  # the last column the last row no longer sees
         return causal and (not self.window or oldest < min(begin + self.bc, self.length) - 1)
 
-    def _scores(self, q: Tensor, k: Tensor, first: int, begin: int, bias: Tensor | None) -> Tensor:
-        """Masked scores `[heads, rows, columns]`; heads that share keys are rows of one product."""
-        heads, rows, size = q.shape
+    def _scores(self, q: Tensor, k: Tensor, rows: int, first: int, begin: int, bias: Tensor | None) -> Tensor:
+        """Masked scores `[heads, rows, columns]` of `q [kv heads, group * rows, D]` and `k [kv heads, columns, D]`."""
         columns = k.shape[1]
-        scores = self.scores[: heads * rows * columns].view(len(k), -1, columns)
-        _product((q * self.scale).reshape(len(k), -1, size), k.transpose(-1, -2), scores)
-        scores = scores.view(heads, rows, columns)
+        scores = self.scores[: len(k) * q.shape[1] * columns].view(len(k), -1, columns)
+        _product(q, k.transpose(-1, -2), scores)
+        scores = scores.view(-1, rows, columns)
         if self.softcap:
             scores.div_(self.softcap).tanh_().mul_(self.softcap)
         if bias is not None:
@@ -176,7 +182,7 @@ class _TileRow:
         gap = maximum - running
         if not sees_all:  # -inf - -inf is NaN: a row that has seen nothing up to here does not vote
             gap = torch.where(running == NEGATIVE_INFINITY, NEGATIVE_INFINITY, gap)
-        gap = gap.amax(1)
+        gap = gap.max(1).values  # amax is slower over a dimension in the middle
         if self.joint:
             gap = gap.unflatten(0, (-1, self.group)).amax(1).repeat_interleave(self.group, 0)
         skips = gap < self.log_threshold
@@ -193,55 +199,53 @@ class _TileRow:
     def _kept_product(
         self, scores: Tensor, v: Tensor, sinks: Tensor | None, sees_all: bool, skipped: list[list[bool]], out: Tensor
     ) -> None:
-        """The heads' `out [heads, rows, Dv]` from their kept tiles only, which are gathered first."""
-        rows = scores.shape[1]
+        """`out [kv heads, group * rows, Dv]` from the kept tiles only, which are gathered first.
+
+        Neighbouring heads that share keys and keep the same tiles are rows of one product.
+        """
+        heads, rows, _ = scores.shape
         tiles, values = scores.unflatten(-1, (-1, self.bc)), v.unflatten(1, (-1, self.bc))
-        for kv_head, heads, index in self._alike(skipped):
-            gathered = self.kept_scores[: len(heads) * rows * len(index) * self.bc].view(len(heads), rows, -1, self.bc)
-            whole_group = slice(heads[0], heads[-1] + 1) if len(heads) == self.group else None
-            if whole_group is not None:
-                torch.index_select(tiles[whole_group], 2, index, out=gathered)
-            else:
-                for place, head in enumerate(heads):
-                    torch.index_select(tiles[head], 1, index, out=gathered[place])
-            value = values[kv_head].index_select(0, index).flatten(0, 1)[None]
-            sink = None if sinks is None else sinks[heads]
-            product = _softmax_product(gathered.flatten(2), value, sink, sees_all)
-            out[heads if whole_group is None else whole_group] = product.to(out.dtype)
-
-    def _alike(self, skipped: list[list[bool]]) -> list[tuple[int, list[int], Tensor]]:
-        """Heads that share keys and keep the same tiles: (K/V head, heads, tiles); they are rows of one product."""
-        found: dict[tuple[int, tuple[bool, ...]], list[int]] = {}
-        for head, pattern in enumerate(skipped):
-            found.setdefault((head // self.group, tuple(pattern)), []).append(head)
-        return [
-            (kv_head, heads, torch.tensor([tile for tile, skip in enumerate(pattern) if not skip], dtype=torch.int64))
-            for (kv_head, pattern), heads in found.items()
-        ]
+        out = out.view(heads, rows, -1)
+        for (kv_head, pattern), alike in groupby(range(heads), lambda head: (head // self.group, skipped[head])):
+            first, *others = alike
+            same = slice(first, first + 1 + len(others))
+            weights, value = scores[same], v[kv_head]
+            if any(pattern):
+                index = torch.tensor([tile for tile, skip in enumerate(pattern) if not skip])
+                kept = self.kept_scores[: len(weights) * rows * len(index) * self.bc]
+                gathered = kept.view(len(weights), rows, -1, self.bc)
+                weights = torch.index_select(tiles[same], 2, index, out=gathered).flatten(2)
+                value = values[kv_head].index_select(0, index).flatten(0, 1)
+            weights = _softmax(weights, None if sinks is None else sinks[same], sees_all)
+            torch.mm(weights.flatten(0, 1), value, out=out[same].flatten(0, 1))
 
 
-def _softmax_product(scores: Tensor, values: Tensor, sinks: Tensor | None, sees_all: bool) -> Tensor:
-    """softmax(scores) @ values, `[heads, rows, Dv]`; rows that see nothing give zeros. Overwrites the scores.
+def _whole_tiles(x: Tensor, bc: int) -> Tensor:
+    """`[heads, length, size]` filled up with zeros to a multiple of `bc`; no copy where it is one already.
 
-    `scores [heads, rows, columns]`, `values [kv heads, columns, Dv]`, `sinks [heads]` join the denominator only.
+    Every megabyte less is felt: past a limit the allocator returns freed memory, and each call faults it in anew.
     """
-    heads, rows, columns = scores.shape
-    if sinks is None:
-        seen = None if sees_all else scores.amax(-1, keepdim=True) > NEGATIVE_INFINITY
-        weights = torch.softmax(scores, dim=-1, out=scores)
-        if seen is not None:
-            weights.masked_fill_(~seen, 0.0)
-    else:
-        logits = torch.cat([scores, sinks.view(-1, 1, 1).expand(heads, rows, 1)], dim=-1)
-        weights = torch.softmax(logits, dim=-1)[..., :columns]
-    product = weights.new_empty(len(values), heads // len(values) * rows, values.shape[-1])
-    _product(weights.reshape(len(values), -1, columns), values, product)
-    return product.view(heads, rows, -1)
+    missing = -x.shape[1] % bc
+    return functional.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None, sees_all: bool) -> Tensor:
+    """softmax(scores) of `[heads, rows, columns]`, in their place; rows that see nothing give zeros.
+
+    `sinks [heads]` join the denominator only.
+    """
+    if sinks is not None:
+        logits = torch.cat([scores, sinks.view(-1, 1, 1).expand(-1, scores.shape[1], 1)], dim=-1)
+        return scores.copy_(torch.softmax(logits, dim=-1)[..., :-1])
+    seen = None if sees_all else scores.amax(-1, keepdim=True) > NEGATIVE_INFINITY
+    torch.softmax(scores, dim=-1, out=scores)
+    return scores if seen is None else scores.masked_fill_(~seen, 0.0)
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """`out = a @ b`, batched; a single product is threaded better by itself than as a batch of one."""
-    if len(a) == 1:
-        torch.mm(a[0], b[0], out=out[0])
-    else:
+    """`out = a @ b`, batched."""
+    if a.shape[1] < _ROWS_OF_A_LARGE_PRODUCT:
         torch.bmm(a, b, out=out)
+    else:
+        for rows, matrix, result in zip(a, b, out, strict=True):
+            torch.mm(rows, matrix, out=result)
