@@ -12,7 +12,7 @@ from torch import nn
 
 from export.generate import Generator, Sampling, load_tokenizer
 from sparse_attention import disable, restore, sparsify
-from sparse_attention.errors import MissingError, UsageError
+from sparse_attention.errors import MissingError, ModelError, UsageError
 from tests.conftest import Exported, tokens
 
 NEW = 12
@@ -119,6 +119,17 @@ def test_bad_input_is_named(exported: Callable[..., Exported], tmp_path: Path) -
     (tmp_path / "tokenizer.json").write_text("not json")
     with pytest.raises(MissingError, match="cannot be loaded"):
         load_tokenizer(tmp_path / "model.onnx")
+
+
+def test_a_file_that_the_runtime_cannot_load_is_named(exported: Callable[..., Exported], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no bfloat16: export with --dtype"):
+        Generator(exported("llama", "bfloat16", kv_cache=True).path)
+    alone = tmp_path / "model.onnx"
+    alone.write_bytes(exported("llama", kv_cache=True).path.read_bytes())
+    with pytest.raises(ModelError, match=r"model.onnx.data[\s\S]*keep its .data file beside it"):
+        Generator(alone)
+    with pytest.raises(ModelError, match=r"keep its .data file beside it"):
+        Generator(alone, counts=True)
 
 
 def test_a_prompt_beyond_the_models_positions_is_refused(exported: Callable[..., Exported]) -> None:
