@@ -5,6 +5,7 @@ Names are the ecosystem's: `past_key_values.N.key` / `.value` in, `present.N.key
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,22 +118,24 @@ def _growing_call(padding: Padding) -> Any:
         from transformers.cache_utils import Cache, DynamicLayer
 
         mask, past = (None, rest) if padding == "none" else (rest[0], rest[1:])
+        batch, length, rows = past[0].shape[0], past[0].shape[2], input_ids.shape[1]
+        equal = [(input_ids, {0: batch}), *((tensor, {0: batch, 2: length}) for tensor in past)]
+        _share_sizes(equal if mask is None else [*equal, (mask, {0: batch, 1: length + rows})])
         layers: list[Any] = [DynamicLayer() for _ in past[::2]]
         for layer, keys, values in zip(layers, past[::2], past[1::2], strict=True):
             # not by `update`, which would trace two concatenations more for each
             layer.keys, layer.values, layer.is_initialized = keys, values, True
             layer.dtype, layer.device = keys.dtype, keys.device
         cache = Cache(layers=layers)
-        total = past[0].shape[2] + input_ids.shape[1]
-        seen = torch.ones(input_ids.shape[0], total, dtype=torch.int64) if mask is None else mask
-        position_ids = positions(seen, mask if padding != "right" else None)[:, past[0].shape[2] :]
+        seen = torch.ones(batch, length + rows, dtype=torch.int64) if mask is None else mask
+        position_ids = positions(seen, mask if padding != "right" else None).narrow(1, length, rows)
         options = {"attention_mask": seen, "past_key_values": cache, "use_cache": True}
         if _takes_positions(model):
             options["position_ids"] = position_ids
         if padding in ("auto", "any"):
             logits = model(input_ids, **options).logits
         else:
-            lengths = Visibility() if mask is None else right_padded(mask, input_ids.shape[1])
+            lengths = Visibility() if mask is None else right_padded(mask, rows)
             with given_lengths(lengths):
                 logits = model(input_ids, **options).logits
         return [logits, *_tensors(cache)]
@@ -140,9 +143,25 @@ def _growing_call(padding: Padding) -> Any:
     return call
 
 
+def _share_sizes(sized: Sequence[tuple[Tensor, dict[int, int]]]) -> None:
+    """Tells the tracer that dimensions of inputs are equal, each of which it gives a symbol of its own.
+
+    Found out one by one in every layer, that would cost half as much again as tracing without a cache: each discovery
+    is an assertion, and the tracer knows operations that it has seen by the symbols a size was made with.
+    """
+    for tensor, sizes in sized:
+        for axis, size in sizes.items():
+            torch._check(tensor.shape[axis] == size)
+    for made in (size for tensor, _ in sized for size in (*tensor.shape, *tensor.stride())):
+        if isinstance(made, torch.SymInt):
+            made.node._expr = made.node.expr  # from here on as if made with the symbol that is left
+
+
 def _static_call(
     model: nn.Module, input_ids: Tensor, q_start: Tensor, kv_lengths: Tensor, *past: Tensor
 ) -> Sequence[Tensor]:
+    batch = input_ids.shape[0]
+    _share_sizes([(tensor, {0: batch}) for tensor in (input_ids, q_start, kv_lengths, *past)])
     start = q_start.to(torch.int64).unsqueeze(-1)
     valid = kv_lengths.to(torch.int64).unsqueeze(-1) - start
     rows = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
@@ -176,6 +195,12 @@ def _preallocated(past: Sequence[Tensor], start: Tensor, valid: Tensor, rows: Te
     source = torch.minimum(rows, (valid - 1).clamp(min=0))
     target = start + source
 
+    @functools.cache  # the same for most layers
+    def places(heads: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        shape = (-1, heads, -1, size)
+        where, taken = (index[:, None, :, None].expand(shape) for index in (target, source.expand_as(target)))
+        return where, taken, (valid > 0)[:, None, :, None]
+
     class Buffer(StaticLayer):
         def __init__(self, keys: Tensor, values: Tensor) -> None:
             super().__init__(max_cache_len=keys.shape[2])
@@ -187,8 +212,8 @@ def _preallocated(past: Sequence[Tensor], start: Tensor, valid: Tensor, rows: Te
             return self.keys, self.values
 
         def _written(self, buffer: Tensor, new: Tensor) -> Tensor:
-            where, taken = (index[:, None, :, None].expand_as(new) for index in (target, source.expand_as(target)))
-            value = torch.where((valid > 0)[:, None, :, None], new.gather(2, taken), buffer.gather(2, where))
+            where, taken, some = places(new.shape[1], new.shape[3])
+            value = torch.where(some, new.gather(2, taken), buffer.gather(2, where))
             return buffer.scatter(2, where, value)
 
         def get_seq_length(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +47,7 @@ def generate(
             for text in texts
         ]
     prompts = [tokenizer(text, add_special_tokens=not chat, verbose=False)["input_ids"] for text in texts]
-    stop = () if ignore_eos or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    stop = () if ignore_eos else end_tokens(file, tokenizer)
     console = Console(quiet=as_json, soft_wrap=True)
     stream = _Stream(tokenizer, console) if len(prompts) == 1 else None
     result = generator.generate(
@@ -67,6 +68,17 @@ def generate(
         f"{sum(map(len, result.token_ids))} new ones at {result.tokens_per_second:.1f} tokens/s",
         style="dim", highlight=False,
     )  # fmt: skip
+
+
+def end_tokens(file: Path, tokenizer: object) -> tuple[int, ...]:
+    """Token ids that end a text: the tokenizer's, and those of the generation configuration beside the file."""
+    beside = file.parent / "generation_config.json"
+    try:
+        named = json.loads(beside.read_text()).get("eos_token_id") if beside.is_file() else None
+    except (ValueError, AttributeError):  # not what transformers writes: nothing is known from it
+        named = None
+    found = [getattr(tokenizer, "eos_token_id", None), *(named if isinstance(named, list) else [named])]
+    return tuple(sorted({token for token in found if isinstance(token, int)}))
 
 
 class _Stream:

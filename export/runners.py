@@ -21,7 +21,12 @@ _OPSET_OF_TWIN = 18
 
 
 def session(model: str | bytes, weights: Path | None = None) -> Any:
-    """An ONNX Runtime session on the CPU, from a path, or from bytes with weights in the folder `weights`."""
+    """An ONNX Runtime session on the CPU, from a path, or from bytes with weights in the folder `weights`.
+
+    Raises:
+        MissingError: where ONNX Runtime is not installed.
+        ModelError: where it cannot load the model.
+    """
     try:
         import onnxruntime
     except ImportError as error:
@@ -30,7 +35,14 @@ def session(model: str | bytes, weights: Path | None = None) -> Any:
     options.log_severity_level = 3
     if weights is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own kinds, without a base of their own
+        raise ModelError(
+            "ONNX Runtime cannot load the model", where=model if isinstance(model, str) else str(weights or ""),
+            found=str(error).splitlines()[0],
+            fix="keep its .data file beside it; its CPU has no bfloat16: export with --dtype float32 or float16",
+        ) from error  # fmt: skip
 
 
 def read_graph(path: Path) -> ir.Model:

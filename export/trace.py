@@ -15,6 +15,7 @@ from onnxscript import values
 
 from export import op, schema
 from export.adapter import Signature
+from export.agreement import require_agreement
 from sparse_attention.attention import OP
 from sparse_attention.errors import ModelError
 
@@ -56,6 +57,7 @@ def trace(signature: Signature, *, opset: int = 23) -> ir.Model:
             ) from error  # fmt: skip
     assert program is not None
     _name_dimensions(program.model, signature)
+    require_agreement(program.model, signature)
     return program.model
 
 

@@ -200,6 +200,19 @@ def test_names_shapes_and_inputs_of_the_op(kind: str, lengths: list[str], export
         assert given["k"].shape[1] == 2
 
 
+@pytest.mark.parametrize("kind", ["growing", "growing_right"])
+@pytest.mark.parametrize(("rows", "length"), [(4, 8), (4, 10), (4, 4), (1, 5), (1, 7), (1, 1)])
+def test_a_mask_of_another_length_is_named_by_the_runtime(kind: str, rows: int, length: int, exported: Export) -> None:
+    """In a plain session of ONNX Runtime, on 5 past keys."""
+    file = exported(**KINDS[kind])
+    past = {name: value.new_zeros(2, value.shape[1], 5, value.shape[3])
+            for name, value in file.signature().examples.items() if name.startswith("past")}  # fmt: skip
+    inputs = past | {"input_ids": tokens(2, rows), "attention_mask": torch.ones(2, 5 + rows, dtype=torch.int64)}
+    assert file.run(inputs)["logits"].isfinite().all()
+    with pytest.raises(Exception, match=r"attention_mask must have the shape \[batch, past \+ sequence\]"):
+        file.run(inputs | {"attention_mask": torch.ones(2, length, dtype=torch.int64)})
+
+
 def test_refused() -> None:
     with pytest.raises(ModelError, match="only a decoder"):
         cached_signature(tiny("bert"))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from export.cli_generate import end_tokens
 from export.generate import Generator, Sampling, load_tokenizer
 from sparse_attention import disable, restore, sparsify
-from sparse_attention.errors import MissingError, UsageError
+from sparse_attention.errors import MissingError, ModelError, UsageError
 from tests.conftest import Exported, tokens
 
 NEW = 12
@@ -121,11 +123,33 @@ def test_bad_input_is_named(exported: Callable[..., Exported], tmp_path: Path) -
         load_tokenizer(tmp_path / "model.onnx")
 
 
+def test_a_file_that_the_runtime_cannot_load_is_named(exported: Callable[..., Exported], tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no bfloat16: export with --dtype"):
+        Generator(exported("llama", "bfloat16", kv_cache=True).path)
+    alone = tmp_path / "model.onnx"
+    alone.write_bytes(exported("llama", kv_cache=True).path.read_bytes())
+    with pytest.raises(ModelError, match=r"model.onnx.data[\s\S]*keep its .data file beside it"):
+        Generator(alone)
+    with pytest.raises(ModelError, match=r"keep its .data file beside it"):
+        Generator(alone, counts=True)
+
+
 def test_a_prompt_beyond_the_models_positions_is_refused(exported: Callable[..., Exported]) -> None:
     file = exported("llama", kv_cache=True)
     file.dense().config.save_pretrained(file.path.parent)
     with pytest.raises(UsageError, match="positions"):
         Generator(file.path).generate([[1] * 250], 8)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [(None, (7,)), ('{"eos_token_id": 7}', (7,)), ('{"eos_token_id": [9, 3]}', (3, 7, 9)), ("{}", (7,)), ("[", (7,))],
+)
+def test_tokens_that_end_a_text(written: str | None, expected: tuple[int, ...], tmp_path: Path) -> None:
+    """Models such as Llama 3 have several, and name them only in the generation configuration."""
+    if written is not None:
+        (tmp_path / "generation_config.json").write_text(written)
+    assert end_tokens(tmp_path / "model.onnx", SimpleNamespace(eos_token_id=7)) == expected
 
 
 @pytest.mark.model
