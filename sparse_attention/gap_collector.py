@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +27,25 @@ def decode_rows(length: int) -> range:
     """
     span = min(max(32, length // 8), length)
     return range(length - span, length, max(1, span // DECODE_ROWS))
+
+
+class _Tiles:
+    """The tiles of one call by phase and segment, to be counted together: counting has a price for every call."""
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[Phase, int], list[tuple[Tensor, Tensor, Tensor]]] = {}
+        self._rows: Counter[tuple[Phase, int]] = Counter()
+
+    def add(self, phase: Phase, segment: int, gap: Tensor, exists: Tensor, mass: Tensor, rows: int) -> None:
+        """Tiles `[Hq, N]` of `rows` (row, head) pairs."""
+        self._parts.setdefault((phase, segment), []).append((gap, exists, mass))
+        self._rows[phase, segment] += rows
+
+    def together(self) -> Iterator[tuple[tuple[Phase, int], tuple[Tensor, Tensor, Tensor, int]]]:
+        """By phase and segment: gap, exists and mass `[Hq, N]` of all its tiles, and how many pairs they are of."""
+        for key, parts in self._parts.items():
+            gap, exists, mass = (torch.cat(of, dim=-1) for of in zip(*parts, strict=True))
+            yield key, (gap, exists, mass, self._rows[key])
 
 
 class GapCollector:
@@ -52,13 +72,15 @@ class GapCollector:
         decode = call.q.shape[2] == 1
         group = call.q.shape[1] // call.k.shape[1]
 
+        found = _Tiles()
+
         def visit(row: TileRow) -> None:
             if decode:
-                self._add_decode(layer, call, row, group, row.kv_length)
+                self._add_decode(call, row, row.kv_length, found)
                 return
-            self._add_prefill(layer, call, row, group)
+            self._add_prefill(call, row, found)
             if call.is_causal:
-                self._add_decode(layer, call, row, group, row.end)
+                self._add_decode(call, row, row.end, found)
 
         out = dense_attention(call, layer.settings.br, layer.settings.bc, visit)
         if bool(out.isnan().any()):
@@ -68,6 +90,9 @@ class GapCollector:
                 found=f"NaN in {call.q.dtype} attention over {call.k.shape[2]} keys",
                 fix="look for overflow: load the model with dtype float32 or bfloat16, and check its weights",
             )
+        for (phase, segment), (gap, exists, mass, rows) in found.together():
+            gaps = self._gaps(phase, layer, call, cumulative=phase == "prefill" and call.is_causal)
+            gaps.add(segment, gap, exists, mass, rows, group if self.units[phase] == "group" else 1)
         if layer.name == self._first:
             self._count_sequences(call)
         return out
@@ -87,20 +112,16 @@ class GapCollector:
         for phase in self._sums:
             self._sums[phase] = histograms[phase]
 
-    def _add_prefill(self, layer: AttentionLayer, call: AttentionCall, row: TileRow, group: int) -> None:
+    def _add_prefill(self, call: AttentionCall, row: TileRow, found: _Tiles) -> None:
         segment = bisect.bisect_left(self._lengths, row.end if call.is_causal else row.kv_length)
         if "prefill" not in self.units or segment == len(self._lengths):
             return
         if call.is_causal and self._lengths[segment] > row.kv_length:
             return  # the text ends before this segment does
-        gaps = self._gaps("prefill", layer, call, cumulative=call.is_causal)
-        heads, rows = row.gap.shape[:2]
-        gaps.add(
-            segment, row.heads, row.gap.amax(1).unsqueeze(0), row.exists.unsqueeze(0), row.mass.sum(1).unsqueeze(0),
-            heads * rows, group if self.units["prefill"] == "group" else 1,
-        )  # fmt: skip
+        rows = row.gap.shape[0] * row.gap.shape[1]
+        found.add("prefill", segment, row.gap.amax(1), row.exists, row.mass.sum(1), rows)
 
-    def _add_decode(self, layer: AttentionLayer, call: AttentionCall, row: TileRow, group: int, end: int) -> None:
+    def _add_decode(self, call: AttentionCall, row: TileRow, end: int, found: _Tiles) -> None:
         if "decode" not in self.units:
             return
         rows = row.gap.shape[1]
@@ -109,12 +130,8 @@ class GapCollector:
             chosen = [position - first for position in self._decode_rows[segment] if first <= position < end]
             if not chosen or length > row.kv_length:
                 continue
-            gaps = self._gaps("decode", layer, call, cumulative=False)
-            gap, mass = row.gap[:, chosen].transpose(0, 1), row.mass[:, chosen].transpose(0, 1)
-            gaps.add(
-                segment, row.heads, gap, gap > -torch.inf, mass, gap.shape[0] * gap.shape[1],
-                group if self.units["decode"] == "group" else 1,
-            )  # fmt: skip
+            gap, mass = row.gap[:, chosen].flatten(1), row.mass[:, chosen].flatten(1)
+            found.add("decode", segment, gap, gap > -torch.inf, mass, gap.shape[0] * len(chosen))
 
     def _gaps(self, phase: Phase, layer: AttentionLayer, call: AttentionCall, cumulative: bool) -> LayerGaps:
         layers = self._sums[phase].layers

@@ -61,29 +61,19 @@ class LayerGaps:
         )
         return cls(tiles, mass, rows, cumulative)
 
-    def add(
-        self,
-        segment: int,
-        heads: slice,
-        gap: Tensor,
-        exists: Tensor,
-        mass: Tensor,
-        rows: int,
-        group: int = 1,
-    ) -> None:
-        """Counts tiles of some heads: `gap`, `exists` and `mass`, `[N, H, C]`, of `rows` voting (row, head) pairs.
+    def add(self, segment: int, gap: Tensor, exists: Tensor, mass: Tensor, rows: int, group: int = 1) -> None:
+        """Counts tiles `[Hq, N]` of `rows` voting (row, head) pairs.
 
         `gap` is the maximum over the rows of a tile, `mass` their sum. With `group > 1` so many neighbouring heads
-        decide together; `heads` must not cut a group.
+        decide together.
         """
         if group > 1:
-            joint = gap.unflatten(1, (-1, group)).amax(2, keepdim=True)
-            gap = joint.expand(-1, -1, group, -1).flatten(1, 2)
+            joint = gap.unflatten(0, (-1, group)).amax(1, keepdim=True)
+            gap = joint.expand(-1, group, -1).flatten(0, 1)
         index = bins_of(gap)
         units = torch.round(mass.double() / MASS_UNIT).to(torch.int64) * exists
         self.mass[segment].scatter_add_(0, index.flatten(), units.flatten())
-        per_head = self.tiles[segment, heads]
-        per_head.scatter_add_(1, index.transpose(0, 1).flatten(1), exists.transpose(0, 1).flatten(1).to(torch.int64))
+        self.tiles[segment].scatter_add_(1, index, exists.to(torch.int64))
         self.rows[segment] += rows
 
     def to(self, device: torch.device | str) -> LayerGaps:

@@ -85,14 +85,12 @@ class TileMapObserver:
         tiles = torch.zeros(
             call.q.shape[1], math.ceil(call.q.shape[2] / br), math.ceil(call.k.shape[2] / bc), dtype=torch.uint8
         )
-        seen: dict[int, int] = {}
 
         def visit(row: TileRow) -> None:
             if row.batch:
                 return
-            index = seen.setdefault(row.end, len(seen))
             state = row.exists.to(torch.uint8) + skipped_tiles(row, lam[0], group).to(torch.uint8)
-            tiles[row.heads, index, : state.shape[-1]] = state.cpu()
+            tiles[:, row.first // br, : state.shape[-1]] = state.cpu()
 
         dense_attention(call, br, bc, visit)
         self.tiles = tiles
