@@ -31,7 +31,7 @@ from sparse_attention.gap_files import merge_files, save_histograms
 from sparse_attention.gap_histogram import GapHistogram
 from sparse_attention.interchange import to_checkpoint_record
 from sparse_attention.sparsify import attention_modules
-from sparse_attention.texts import read_texts, tokenize, windows
+from sparse_attention.texts import read_texts, split, tokenize, windows
 from sparse_attention.threshold import PHASES, Phase
 
 TOLERANCE = 0.03
@@ -91,7 +91,9 @@ def calibrate(
     loaded = on_device(model, dtype, device)
     chosen = load_config(config, overrides or ())
     wanted = parse_lengths(lengths)
-    every, others = held_apart(loaded, text, length, samples, 0 if shard or bench else held_out)
+    ours, theirs = halves(loaded, text)
+    every = cut(loaded, ours, length, samples, "texts to calibrate on", fewer=True)
+    others = cut(loaded, theirs, length, held_out, "held-out texts") if held_out and not (shard or bench) else []
     with bar() as told:
         if bench:
             cost = collecting_cost(loaded.model, chosen, every, told)
@@ -185,26 +187,32 @@ def parse_lengths(given: str | None) -> list[int] | None:
         raise UsageError("not a list of lengths", where="--lengths", found=given, fix="write 2048,4096") from None
 
 
-def held_apart(
-    loaded: LoadedModel, sources: list[str] | None, length: int, samples: int, held_out: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Texts `[1, length]` from the front, and others from the end of all the text, that share no token."""
+def halves(loaded: LoadedModel, sources: list[str] | None) -> tuple[Tensor, Tensor]:
+    """All the text as token ids `[N]`: the half to calibrate on, and the half to measure on, for every command."""
     config = getattr(loaded.model, "config", None)
-    longest = getattr(config, "max_position_embeddings", None)
+    texts = read_texts(cast(Any, sources) or "builtin")
+    return split(tokenize(texts, loaded.tokenizer, getattr(config, "vocab_size", None)))
+
+
+def cut(
+    loaded: LoadedModel, half: Tensor, length: int, count: int, what: str, *, fewer: bool = False
+) -> list[Tensor]:  # fmt: skip
+    """`count` texts `[1, length]` spread over one half of the text; `fewer` will do where there are not so many."""
+    longest = getattr(getattr(loaded.model, "config", None), "max_position_embeddings", None)
     if isinstance(longest, int) and length > longest:
-        raise UsageError("longer than the model's positions", where="--length", found=str(length),
+        raise UsageError("longer than the model's positions", where="a text's length", found=str(length),
                          fix=f"use at most {longest}")  # fmt: skip
-    ids = tokenize(read_texts(cast(Any, sources) or "builtin"), loaded.tokenizer, getattr(config, "vocab_size", None))
-    there = ids.numel() // length
-    if there < held_out + 1:
+    there = half.numel() // length
+    if there < (1 if fewer else count):
         raise UsageError(
-            "too little text", where="--text", found=f"{ids.numel()} tokens: {there} texts of {length}",
-            fix="give more text, a shorter --length, or fewer --held-out texts",
+            "too little text", where=what, found=f"{half.numel()} tokens: {there} texts of {length}, not {count}",
+            fix="give more text (half is to calibrate on, half to measure on), a shorter length, or ask for fewer",
         )  # fmt: skip
-    if samples > there - held_out:
-        err.print(f"note: {there - held_out} texts instead of {samples}: that is all the text there is", style="yellow")
-    others = windows(ids, length, held_out, from_end=True) if held_out else []
-    return windows(ids, length, min(samples, there - held_out)), others
+    if count > there:
+        err.print(
+            f"note: {there} {what} of {length} tokens instead of {count}: that is all the text there is", style="yellow"
+        )
+    return windows(half, length, count)
 
 
 @contextmanager

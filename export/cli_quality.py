@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from export.cli_calibrate import Device, Dtype, Model, Text, Unit, bar, held_apart, on_device, parse_lengths
+from export.cli_calibrate import Device, Dtype, Model, Text, Unit, bar, cut, halves, on_device, parse_lengths
 from export.cli_common import Force, Json, Overrides, one_of, print_json
 from export.models import LoadedModel
 from export.report import write_json
@@ -35,7 +35,7 @@ def quality(
     target: Annotated[str | None, typer.Option(help="Prefill targets to move calibrated curves to: `0.3,0.5`.")] = None,
     text: Text = None,
     lengths: Annotated[str, typer.Option(help="Tokens of the texts, such as `2048,8192`.")] = "2048",
-    samples: Annotated[int, typer.Option(min=1, help="Texts, taken from the end of all the text.")] = 2,
+    samples: Annotated[int, typer.Option(min=1, help="Texts of each length, held out by `calibrate`.")] = 2,
     needles: Annotated[
         str | None, typer.Option(help="Lengths of needle-in-a-haystack prompts, such as `1024,2048`.")
     ] = None,
@@ -62,7 +62,8 @@ def quality(
     candidates = _candidates(config, overrides or [], target)
     wanted = parse_lengths(lengths) or []
     loaded = on_device(model, dtype, device)
-    texts = {length: held_apart(loaded, text, length, 1, samples)[1] for length in wanted}
+    _, half = halves(loaded, text)
+    texts = {length: cut(loaded, half, length, samples, "texts") for length in wanted}
     with bar() as told:
         result = measure(
             loaded.model, candidates, texts, needles=_needles(loaded, text, needles, depths), unit=unit, masses=masses,

@@ -41,7 +41,10 @@ class Calibration:
     histograms: dict[Phase, GapHistogram] = field(repr=False)
 
     def missed(self, tolerance: float = 0.03) -> list[str]:
-        """Each length at which the target is out of reach, or missed on held-out text, as a sentence."""
+        """Each length at which the target is out of reach, or missed, as a sentence.
+
+        Missed on held-out text, or on the calibration text where there is no other.
+        """
         lines = []
         for phase, found in self.fits.items():
             for length, given in found.lengths.items():
@@ -51,8 +54,12 @@ class Calibration:
                     lines.append(
                         f"{where}: {found.target:.2f} is out of reach; the most that can be had is {given.most:.2f}"
                     )
-                elif got is not None and abs(got.sparsity - found.target) > tolerance:
-                    lines.append(f"{where}: {got.sparsity:.3f} of the tiles are skipped instead of {found.target:.2f}")
+                    continue
+                sparsity, text = (given.sparsity, "calibration") if got is None else (got.sparsity, "held-out")
+                if abs(sparsity - found.target) > tolerance:
+                    lines.append(
+                        f"{where}: {sparsity:.3f} of the tiles of {text} text are skipped instead of {found.target:.2f}"
+                    )
         return lines
 
 

@@ -9,12 +9,13 @@ from torch import nn
 
 from sparse_attention.calibration_collect import Progress
 from sparse_attention.config import SparseAttentionConfig
+from sparse_attention.gap_collector import decode_rows
 from sparse_attention.statistics import total_sparsity
 from sparse_attention.threshold import Phase
 from sparse_attention.trial import Batch, forward, shortened, tokens_of, trial
 
 DECODE_STEPS = 32
-"""Real decode steps at each length."""
+"""Real decode steps at each length, about; neighbouring ones are alike, so they lie apart."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,13 @@ def achieved_sparsity(
 
 
 def _decode(model: nn.Module, batch: Batch, length: int) -> None:
-    """Prefills all but the last tokens, then takes those as decode steps."""
-    steps = min(DECODE_STEPS, length - 1)
+    """Some of the tokens that stand for the decode steps at a length one by one; what lies between is prefilled."""
     ids = batch if not isinstance(batch, Mapping) else batch["input_ids"]
-    out = forward(model, ids[:, : length - steps], use_cache=True, logits_to_keep=1)
-    for position in range(length - steps, length):
-        out = forward(
-            model,
-            {"input_ids": ids[:, position : position + 1], "past_key_values": out.past_key_values},
-            use_cache=True,
-            logits_to_keep=1,
-        )
+    rows = decode_rows(length)
+    done, cache = 0, None
+    for position in rows[:: max(1, len(rows) // DECODE_STEPS)]:
+        for end in (position, position + 1):
+            if end > done:
+                inputs = {"input_ids": ids[:, done:end], "past_key_values": cache}
+                cache = forward(model, inputs, use_cache=True, logits_to_keep=1).past_key_values
+                done = end

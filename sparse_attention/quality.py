@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -43,6 +44,7 @@ class QualityRow:
         kl: mean KL(dense || sparse) a token, in nats.
         top1: share of tokens whose most likely next token stays the same.
         seconds: of the sparse forward passes.
+        error: standard error of `rise`, from its spread over the texts; None for a single one.
     """
 
     candidate: str
@@ -54,6 +56,7 @@ class QualityRow:
     kl: float
     top1: float
     seconds: float
+    error: float | None = None
 
     @property
     def rise(self) -> float:
@@ -203,6 +206,7 @@ class _Run:
                     sums.kl / sums.tokens,
                     sums.agree / sums.tokens,
                     sum(piece["seconds"] for piece in pieces),
+                    _standard_error([Comparison(**piece["comparison"]) for piece in pieces]),
                 )
             )
             for piece in pieces:
@@ -271,6 +275,13 @@ def _amount(
     by_length: Mapping[int, Sequence[Tensor]], needles: Sequence[Needle], configs: Mapping[str, SparseAttentionConfig]
 ) -> int:
     return len(configs) * sum(map(len, by_length.values())) + len(needles) * (len(configs) + 1)
+
+
+def _standard_error(parts: Sequence[Comparison]) -> float | None:
+    """Of the rise in perplexity. Texts are the samples: the tokens of one text are not independent."""
+    if len(parts) < 2:
+        return None
+    return statistics.stdev((part.nll - part.dense_nll) / part.tokens for part in parts) / math.sqrt(len(parts))
 
 
 def _key(config: SparseAttentionConfig | None, text: str, with_mass: bool) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparse_attention.errors import MissingError, ModelError, UsageError
 
 BUILTIN = "builtin"
+_STRIPES = 16
 _SUFFIXES = (".txt", ".md", ".rst", ".json", ".jsonl", ".py", ".html")
 
 
@@ -107,10 +108,21 @@ def tokenize(texts: Sequence[Text], tokenizer: Any, vocabulary: int | None = Non
     return ids
 
 
-def windows(ids: Tensor, length: int, count: int | None = None, *, from_end: bool = False) -> list[Tensor]:
+def split(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Two halves of `ids [N]` that share no token: one to calibrate on, the other to measure on.
+
+    Each takes every other sixteenth of the text, so that both are alike where the text changes on its way. It depends
+    on the text alone: two commands that are given the same text agree on the halves.
+    """
+    stripes = ids.split(max(1, -(-ids.numel() // _STRIPES)))
+    odd = stripes[1::2]
+    return torch.cat(stripes[::2]), torch.cat(odd) if odd else ids[:0]
+
+
+def windows(ids: Tensor, length: int, count: int | None = None) -> list[Tensor]:
     """Cuts `ids [N]` into texts of `length` tokens that do not overlap, `[1, length]` each; a rest is left out.
 
-    `count` limits them; `from_end` takes the last ones, so that both ends give disjoint texts while they do not meet.
+    `count` limits them; they are spread over the whole text then.
 
     Raises:
         UsageError: where the text is shorter than one window.
@@ -124,5 +136,5 @@ def windows(ids: Tensor, length: int, count: int | None = None, *, from_end: boo
             fix="give more text, or a shorter length",
         )
     take = available if count is None else min(count, available)
-    first = ids.numel() - take * length if from_end else 0
-    return [ids[first + i * length : first + (i + 1) * length].unsqueeze(0) for i in range(take)]
+    chosen = [i * available // take for i in range(take)]
+    return [ids[i * length : (i + 1) * length].unsqueeze(0) for i in chosen]

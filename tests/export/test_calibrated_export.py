@@ -49,13 +49,13 @@ def test_the_file_skips_what_pytorch_skips_at_every_length(tmp_path):
 def test_smollm2_meets_its_target_on_other_text():
     from export.models import load_model
     from export.smollm2 import fetch_smollm2
-    from sparse_attention.texts import read_texts, tokenize, windows
+    from sparse_attention.texts import read_texts, split, tokenize, windows
 
     loaded = load_model(str(fetch_smollm2()))
-    ids = tokenize(read_texts("builtin"), loaded.tokenizer, loaded.model.config.vocab_size)
+    ours, theirs = split(tokenize(read_texts("builtin"), loaded.tokenizer, loaded.model.config.vocab_size))
     found = calibrate(
-        loaded.model, "skip_softmax_calib", windows(ids, 1024, 2), targets={"prefill": 0.15}, strategy="length",
-        lengths=[1024], held_out=windows(ids, 1024, 1, from_end=True),
+        loaded.model, "skip_softmax_calib", windows(ours, 1024, 2), targets={"prefill": 0.15}, strategy="length",
+        lengths=[1024], held_out=windows(theirs, 1024, 1),
     )  # fmt: skip
     assert found.achieved["prefill"][1024].sparsity == pytest.approx(0.15, abs=0.03)
     assert found.missed() == []

@@ -14,7 +14,7 @@ from sparse_attention.needle import ask, needles
 from sparse_attention.quality import quality
 from sparse_attention.quality_logits import Predictions
 from sparse_attention.quality_mass import TileMapObserver
-from sparse_attention.texts import Text, read_texts, tokenize, windows
+from sparse_attention.texts import Text, read_texts, split, tokenize, windows
 from sparse_attention.trial import forward, trial
 
 
@@ -170,10 +170,20 @@ def test_builtin_text_is_long_and_windows_do_not_overlap():
     texts = read_texts("builtin")
     assert sum(len(text.text) for text in texts) > 300_000
     ids = tokenize([Text("a", "abcdefghij")], Letters())
-    front, back = windows(ids, 3, 2), windows(ids, 3, 1, from_end=True)
-    assert torch.equal(torch.cat([*front, *back], 1)[0], torch.cat([ids[:6], ids[7:]]))
+    assert torch.equal(torch.cat(windows(ids, 3), 1)[0], ids[:9])
+    assert torch.equal(torch.cat(windows(ids, 3, 2), 1)[0], ids[:6])
+    assert [int(window[0, 0]) for window in windows(torch.arange(100), 10, 3)] == [0, 30, 60]  # spread over the text
     with pytest.raises(UsageError, match="too little text"):
         windows(ids, 11)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 31, 1000])
+def test_the_halves_of_a_text_share_no_token_and_lie_side_by_side(tokens):
+    ours, theirs = split(torch.arange(tokens))
+    assert sorted([*ours.tolist(), *theirs.tolist()]) == list(range(tokens))
+    assert 0 <= len(ours) - len(theirs) <= -(-tokens // 16)
+    if tokens >= 1000:
+        assert abs(float(ours.double().mean() - theirs.double().mean())) < tokens / 12
 
 
 def test_texts_from_files(tmp_path):
