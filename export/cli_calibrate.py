@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 
 from export.cli_common import Force, Json, Overrides, err, one_of, print_json
+from export.cli_progress import bar
 from export.models import DTYPES, LoadedModel, load_model
 from export.report import write_json
 from export.save import check_output
@@ -22,7 +21,6 @@ from sparse_attention import load_config, save_config
 from sparse_attention.calibrate import Calibration
 from sparse_attention.calibrate import calibrate as run_calibration
 from sparse_attention.calibration_bench import collecting_cost
-from sparse_attention.calibration_collect import Progress as Told
 from sparse_attention.calibration_collect import collect
 from sparse_attention.calibration_fit import STRATEGIES, Fit, Strategy, fit
 from sparse_attention.config_files import SUFFIXES
@@ -168,13 +166,14 @@ def parse_targets(given: str | None) -> dict[Phase, float] | None:
     """`0.5` or `prefill=0.5,decode=0.4`; None where nothing is given."""
     if given is None:
         return None
-    parts = dict.fromkeys(PHASES, given) if "=" not in given else dict(part.split("=", 1) for part in given.split(","))
+    parts = [part.partition("=") for part in given.split(",")] if "=" in given else [(p, "=", given) for p in PHASES]
     try:
-        return {cast(Phase, phase.strip()): float(value) for phase, value in parts.items()}
+        targets = {cast(Phase, phase.strip()): float(value) for phase, _, value in parts}
     except ValueError:
-        raise UsageError(
-            "not a target", where="--target", found=given, fix="write 0.5, or prefill=0.5,decode=0.4"
-        ) from None
+        targets = {}
+    if len(targets) != len(parts):
+        raise UsageError("not a target", where="--target", found=given, fix="write 0.5, or prefill=0.5,decode=0.4")
+    return targets
 
 
 def parse_lengths(given: str | None) -> list[int] | None:
@@ -215,20 +214,6 @@ def cut(
     return windows(half, length, count)
 
 
-@contextmanager
-def bar() -> Iterator[Told]:
-    """A progress bar with an estimate on standard error; nothing where that is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as shown:
-        task = shown.add_task("starting", total=None)
-
-        def told(what: str, done: int, total: int) -> None:
-            shown.update(task, description=what, completed=done, total=total)
-
-        yield told
-
-
 def _check_outputs(
     output: Path | None, record: Path | None, shard: str | None, histograms: Path | None, bench: bool, force: bool
 ) -> None:
@@ -241,6 +226,8 @@ def _check_outputs(
     for path in (output, record):
         if path is not None:
             check_output(path, force=force)
+    if histograms is not None:
+        check_output(histograms, force=True)  # one that is there is gone on with
     if output is not None and output.suffix.lower() not in SUFFIXES:
         raise UsageError("unknown suffix", where=str(output), fix=f"use one of {', '.join(SUFFIXES)}")
 
@@ -269,9 +256,9 @@ def _write(
 
 
 def _print(console: Console, result: Calibration, compare: bool, lengths: list[int] | None) -> None:
-    table = Table(title="thresholds, and what they skip")
-    for column in ("phase", "strategy", "length", "λ", "target", "calibration text", "held-out text", "most", "mass"):
-        table.add_column(column, justify="left" if column in ("phase", "strategy") else "right")
+    table = Table(title="thresholds, and what they skip", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits 80 columns
+    for column in ("phase", "strategy", "length", "λ", "target", "fitted", "held out", "most", "mass"):
+        table.add_column(column, justify="left" if column in ("phase", "strategy") else "right", no_wrap=True)
     for phase, found in result.fits.items():
         shown = [found]
         if compare:
@@ -281,6 +268,8 @@ def _print(console: Console, result: Calibration, compare: bool, lengths: list[i
         for one in shown:
             _add_rows(table, phase, one, result if one is found else None)
     console.print(table)
+    text = "fitted: to the calibration text; held out: in sparse runs on other text; most: what any λ can skip;"
+    console.print(f"{text}\nmass: of the softmax, that a row loses on average", style="dim", highlight=False)
 
 
 def _add_rows(table: Table, phase: Phase, found: Fit, result: Calibration | None) -> None:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from export.cli_calibrate import Device, Dtype, Model, Text, Unit, bar, cut, halves, on_device, parse_lengths
+from export.cli_calibrate import Device, Dtype, Model, Text, Unit, cut, halves, on_device, parse_lengths
 from export.cli_common import Force, Json, Overrides, one_of, print_json
+from export.cli_progress import bar
 from export.models import LoadedModel
 from export.report import write_json
 from export.save import check_output
@@ -20,7 +22,7 @@ from sparse_attention.config import SparseAttentionConfig
 from sparse_attention.errors import CheckError, UsageError
 from sparse_attention.needle import Needle
 from sparse_attention.needle import needles as make_needles
-from sparse_attention.quality import Quality
+from sparse_attention.quality import DENSE, Quality
 from sparse_attention.quality import quality as measure
 from sparse_attention.quality_mass import TileMapObserver
 from sparse_attention.retarget import at_target
@@ -59,6 +61,10 @@ def quality(
         check_output(output, force=force)
     if state is None and output is not None:
         state = output.with_name(output.name + ".state.json")
+    if state is not None:
+        check_output(state, force=True)  # one that is there is gone on with
+    if plots is not None:
+        check_output(plots / "perplexity.png", force=True)
     candidates = _candidates(config, overrides or [], target)
     wanted = parse_lengths(lengths) or []
     loaded = on_device(model, dtype, device)
@@ -118,19 +124,25 @@ def _needles(loaded: LoadedModel, text: list[str] | None, lengths: str | None, d
 
 
 def _print(console: Console, result: Quality) -> None:
-    table = Table(title="against the dense model")
-    for column in ("configuration", "length", "texts", "skipped %", "perplexity", "dense", "rise %", "KL", "top-1 %"):
-        table.add_column(column, justify="left" if column == "configuration" else "right")
-    for row in result.rows:
-        table.add_row(
-            row.candidate, str(row.length), str(row.texts), f"{100 * row.sparsity:.1f}", f"{row.perplexity:.3f}",
-            f"{row.dense_perplexity:.3f}", f"{100 * row.rise:+.3f}", f"{row.kl:.2e}", f"{100 * row.top1:.2f}",
-        )  # fmt: skip
+    table = Table(title="against the dense model", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits 80 columns
+    table.add_column("configuration", overflow="fold")
+    for column in ("length", "texts", "skipped\n%", "perplexity", "rise\n%", "±", "KL", "top-1\n%"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for length in dict.fromkeys(row.length for row in result.rows):
+        rows = [row for row in result.rows if row.length == length]
+        dense = rows[0].dense_perplexity
+        table.add_row(DENSE, str(length), str(rows[0].texts), "0.0", f"{dense:.3f}", "", "", "", "", style="dim")
+        for row in rows:
+            error = "" if row.error is None else f"{100 * row.error:.3f}"
+            table.add_row(
+                row.candidate, str(length), str(row.texts), f"{100 * row.sparsity:.1f}", f"{row.perplexity:.3f}",
+                f"{100 * row.rise:+.3f}", error, f"{row.kl:.1e}", f"{100 * row.top1:.2f}",
+            )  # fmt: skip
     console.print(table)
     for name, lengths in result.layers.items():
         for length, layers in lengths.items():
-            rows = sum(mass.rows for mass in layers.values())
-            mean = sum(mass.mass for mass in layers.values()) / max(rows, 1)
+            pairs = sum(mass.rows for mass in layers.values())
+            mean = sum(mass.mass for mass in layers.values()) / max(pairs, 1)
             worst = max(layers.items(), key=lambda item: item[1].mass / max(item[1].rows, 1))
             console.print(
                 f"{name} at {length} tokens: mean dropped mass {mean:.2e}, most in {worst[0]} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -69,11 +70,12 @@ def achieved_sparsity(
 def _decode(model: nn.Module, batch: Batch, length: int) -> None:
     """Some of the tokens that stand for the decode steps at a length one by one; what lies between is prefilled."""
     ids = batch if not isinstance(batch, Mapping) else batch["input_ids"]
+    keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # since 5.24
     rows = decode_rows(length)
     done, cache = 0, None
     for position in rows[:: max(1, len(rows) // DECODE_STEPS)]:
         for end in (position, position + 1):
             if end > done:
-                inputs = {"input_ids": ids[:, done:end], "past_key_values": cache}
+                inputs = {"input_ids": ids[:, done:end], keyword: cache}
                 cache = forward(model, inputs, use_cache=True, logits_to_keep=1).past_key_values
                 done = end

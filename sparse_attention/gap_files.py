@@ -29,6 +29,7 @@ def save_histograms(
         how: fingerprint of how they were collected (`fingerprint`); files with different ones are not added.
         done: fingerprints of the texts they hold.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -46,11 +47,11 @@ def save_histograms(
     try:
         save_file(tensors, draft, metadata={"about": json.dumps(about)})
         draft.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         with suppress(OSError):
             draft.unlink()
         raise UsageError(
-            "the histograms cannot be written", where=str(path), found=error.strerror or str(error),
+            "the histograms cannot be written", where=str(path), found=getattr(error, "strerror", None) or str(error),
             fix="choose a folder you can write to",
         ) from None  # fmt: skip
 

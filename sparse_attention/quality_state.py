@@ -32,8 +32,14 @@ class QualityState:
         self._content["pieces"][key] = piece
         if self._path is not None:
             draft = self._path.with_name(self._path.name + ".part")
-            draft.write_text(json.dumps(self._content), encoding="utf-8")
-            draft.replace(self._path)
+            try:
+                draft.write_text(json.dumps(self._content), encoding="utf-8")
+                draft.replace(self._path)
+            except OSError as error:
+                raise UsageError(
+                    "the state file cannot be written", where=str(self._path), found=error.strerror or str(error),
+                    fix="choose a folder you can write to",
+                ) from None  # fmt: skip
 
     @staticmethod
     def _read(path: Path, how: str) -> dict[str, Any]:
