@@ -22,7 +22,7 @@ from sparse_attention.calibrate import Calibration
 from sparse_attention.calibrate import calibrate as run_calibration
 from sparse_attention.calibration_bench import collecting_cost
 from sparse_attention.calibration_collect import collect
-from sparse_attention.calibration_fit import STRATEGIES, Fit, Strategy, fit
+from sparse_attention.calibration_fit import DEFAULT_STRATEGY, STRATEGIES, Fit, Strategy, fit
 from sparse_attention.config_files import SUFFIXES
 from sparse_attention.errors import CheckError, MissingError, UsageError
 from sparse_attention.gap_files import merge_files, save_histograms
@@ -51,7 +51,9 @@ def calibrate(
     overrides: Overrides = None,
     text: Text = None,
     target: Annotated[str | None, typer.Option(help="Tiles to skip: `0.5` or `prefill=0.5,decode=0.4`.")] = None,
-    strategy: Annotated[str | None, typer.Option(help=f"One of {', '.join(STRATEGIES)}.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(STRATEGIES)}; by default {DEFAULT_STRATEGY}.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Texts to calibrate on.")] = 16,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each text.")] = 2048,
     lengths: Annotated[str | None, typer.Option(help="Lengths to meet the target at, such as `2048,4096`.")] = None,

@@ -15,7 +15,7 @@ from torch import nn
 
 from sparse_attention.calibration_check import Achieved, achieved_sparsity
 from sparse_attention.calibration_collect import Progress, collect
-from sparse_attention.calibration_fit import Fit, LengthFit, Strategy, fit
+from sparse_attention.calibration_fit import DEFAULT_STRATEGY, Fit, LengthFit, Strategy, fit
 from sparse_attention.config import CalibrationConfig, SparseAttentionConfig
 from sparse_attention.config_io import Source, load_config
 from sparse_attention.errors import ConfigError, UsageError
@@ -87,7 +87,7 @@ def calibrate(
         batches: texts, as token ids `[B, S]` or as keyword arguments of the model; the longer, the better.
         targets: wanted share of skipped tiles in (0, 1), by phase; a phase at 0 or left out is not calibrated.
         strategy: "static" (one λ), "length" (λ follows the length) or "balanced" (a curve per layer, at the least
-            dropped softmax mass).
+            dropped softmax mass); by default the configuration's, or else "balanced".
         lengths: of keys, at which to meet the target; by default those of the texts and their halves, above a quarter.
         held_out: other texts on which to measure what is achieved, in true sparse runs.
         unit, decode_unit: "head" or "group", as the kernel decides in prefill and in decode.
@@ -104,6 +104,7 @@ def calibrate(
     """
     config = load_config(config)
     request = _request(config, targets, strategy)
+    chosen = request.strategy or DEFAULT_STRATEGY
     wanted = {phase: getattr(request, phase).target for phase in PHASES if getattr(request, phase) is not None}
     batches, held_out = list(batches), list(held_out)
     units: dict[Phase, str] = {phase: decode_unit if phase == "decode" else unit for phase in wanted}
@@ -114,7 +115,7 @@ def calibrate(
     if not collected:
         raise UsageError("nothing was collected for these phases", where=", ".join(wanted), fix="collect them first")
     corrections = dict.fromkeys(collected, 0.0)
-    fits = _fits(collected, wanted, request.strategy, lengths, corrections)
+    fits = _fits(collected, wanted, chosen, lengths, corrections)
     samples = len(batches) or max((int(h.sequences.max()) for h in collected.values()), default=0)
 
     def configured(
@@ -125,7 +126,7 @@ def calibrate(
     for _ in range(refine):
         got = achieved_sparsity(model, configured(fits, {}), batches[:1], _used(fits), units, progress)
         corrections = {phase: corrections[phase] + _off(found, got.get(phase, {})) for phase, found in fits.items()}
-        fits = _fits(collected, wanted, request.strategy, lengths, corrections)
+        fits = _fits(collected, wanted, chosen, lengths, corrections)
     achieved = achieved_sparsity(model, configured(fits, {}), held_out, _used(fits), units, progress)
     return Calibration(configured(fits, achieved), fits, achieved, collected)
 
@@ -159,7 +160,7 @@ def _request(
             where="targets",
             fix="ask for a share of tiles between 0 and 1, or use the preset dense",
         )
-    chosen = strategy or (carried.strategy if carried is not None else "length")
+    chosen = strategy or (carried.strategy if carried is not None else None)
     return CalibrationConfig.model_validate({"strategy": chosen, **given})
 
 

@@ -21,6 +21,8 @@ from sparse_attention.threshold import PhaseThreshold
 
 Strategy = Literal["static", "length", "balanced"]
 STRATEGIES: tuple[Strategy, ...] = ("static", "length", "balanced")
+DEFAULT_STRATEGY: Strategy = "balanced"
+"""Over several lengths the only one that meets a target on SmolLM2: how λ has to fall differs from layer to layer."""
 
 MOST = 0.99
 """The largest static λ that is ever fitted; at 1 everything turns dense."""
@@ -68,7 +70,7 @@ class Fit:
 
 
 def fit(
-    histogram: GapHistogram, target: float, strategy: Strategy = "length", lengths: Sequence[int] | None = None,
+    histogram: GapHistogram, target: float, strategy: Strategy = DEFAULT_STRATEGY, lengths: Sequence[int] | None = None,
     correction: float = 0.0,
 ) -> Fit:  # fmt: skip
     """Thresholds that skip `target` of the tiles, at all `lengths` as nearly as the strategy can.

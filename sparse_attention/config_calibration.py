@@ -58,9 +58,10 @@ class CalibrationConfig(LayerCalibration):
     a calibration that names no phase asks for 0.5 in both, the default of ModelOpt.
     """
 
-    strategy: Literal["static", "length", "balanced"] = Field(
-        default="length",
-        description="static: one λ; length: λ follows the length; balanced: per-layer λ at the least dropped mass.",
+    strategy: Literal["static", "length", "balanced"] | None = Field(
+        default=None,
+        description="static: one λ; length: λ follows the length; balanced: the same for every layer by itself, at the "
+        "least dropped mass. Left out: balanced.",
     )
     samples: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Texts to calibrate on.")
     max_seqlen: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Tokens a text at most.")

@@ -117,7 +117,7 @@ def to_modelopt(config: SparseAttentionConfig, version: str = "0.47") -> Exporte
         key, calibration = config.calibration
         if calibration.found:
             notes.append("calibrated curves are left out: they go to config.json, see to_checkpoint_record")
-        if calibration.strategy != "length":
+        if calibration.strategy not in (None, "length"):
             notes.append(f"strategy {calibration.strategy} is left out: ModelOpt fits one curve over the length")
         ratios = {phase: part.target for phase in PHASES if (part := getattr(calibration, phase)) is not None}
         request: dict[str, Any] = {"target_sparse_ratio": {phase: ratios.get(phase, 0.0) for phase in PHASES}}

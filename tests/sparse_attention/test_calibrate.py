@@ -43,6 +43,16 @@ def test_targets_are_met_on_other_text(model, texts, strategy):
     assert set(calibration.layers) == per_layer
 
 
+def test_the_strategy_that_nobody_chose(model, texts):
+    def chosen(**of_calibration):
+        calibration = {"prefill": {"target": 0.2}, **of_calibration}
+        config = {"sparse_cfg": {"*attention*": {"br": 8, "bc": 8, "calibration": calibration}}}
+        return calibrate(model, config, texts[:1], lengths=[256]).config.calibration[1].strategy
+
+    assert chosen() == "balanced"
+    assert chosen(strategy="static") == "static"
+
+
 def test_the_result_survives_a_file_and_reaches_every_layer(model, texts, tmp_path):
     found = calibrate(model, CONFIG, texts[:2], targets=TARGETS, strategy="balanced", lengths=[256])
     again = load_config(save_config(found.config, tmp_path / "calibrated.json"))
