@@ -56,7 +56,10 @@ def calibrate(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Texts to calibrate on.")] = 16,
     length: Annotated[int, typer.Option(min=2, help="Tokens of each text.")] = 2048,
-    lengths: Annotated[str | None, typer.Option(help="Lengths to meet the target at, such as `2048,4096`.")] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Lengths to meet the target at with one configuration, such as `2048,4096`; else --length."),
+    ] = None,
     held_out: Annotated[int, typer.Option(min=0, help="Other texts to measure the result on.")] = 2,
     refine: Annotated[int, typer.Option(min=0, help="Corrections by a sparse run.")] = 0,
     unit: Unit = "head",

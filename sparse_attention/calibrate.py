@@ -88,7 +88,7 @@ def calibrate(
         targets: wanted share of skipped tiles in (0, 1), by phase; a phase at 0 or left out is not calibrated.
         strategy: "static" (one λ), "length" (λ follows the length) or "balanced" (a curve per layer, at the least
             dropped softmax mass); by default the configuration's, or else "balanced".
-        lengths: of keys, at which to meet the target; by default those of the texts and their halves, above a quarter.
+        lengths: of keys, at which to meet the target with one configuration; by default those of the texts.
         held_out: other texts on which to measure what is achieved, in true sparse runs.
         unit, decode_unit: "head" or "group", as the kernel decides in prefill and in decode.
         histograms: collected before, for instance by several processes; then `batches` are not run.
@@ -169,14 +169,21 @@ def _fits(
     lengths: Sequence[int] | None, corrections: Mapping[Phase, float],
 ) -> dict[Phase, Fit]:  # fmt: skip
     return {
-        phase: fit(histogram, wanted[phase], strategy, lengths or _matter(histogram), corrections[phase])
+        phase: fit(histogram, wanted[phase], strategy, lengths or _matter(phase, histogram), corrections[phase])
         for phase, histogram in collected.items()
     }
 
 
-def _matter(histogram: GapHistogram) -> tuple[int, ...]:
-    """The lengths to meet the target at where nobody said: down to a quarter of the longest."""
-    return tuple(length for length in histogram.reached if 4 * length >= histogram.reached[-1])
+def _matter(phase: Phase, histogram: GapHistogram) -> tuple[int, ...]:
+    """The lengths to meet the target at where nobody said: those at which texts end, down to a quarter of the longest.
+
+    What a text shows on its way counts only where it is asked for: one curve for several lengths meets none exactly.
+    """
+    counts = histogram.sequences.tolist()
+    holds_shorter = phase == "decode" or any(gaps.cumulative for gaps in histogram.layers.values())
+    ends = [n - (more if holds_shorter else 0) for n, more in zip(counts, [*counts[1:], 0], strict=True)]
+    found = [length for length, texts in zip(histogram.lengths, ends, strict=True) if texts > 0]
+    return tuple(length for length in found if 4 * length >= found[-1])
 
 
 def _off(found: Fit, got: Mapping[int, Achieved]) -> float:

@@ -53,6 +53,22 @@ def test_the_strategy_that_nobody_chose(model, texts):
     assert chosen(strategy="static") == "static"
 
 
+def test_the_target_is_met_where_the_texts_end(model, texts):
+    def fitted(batches, **options):
+        found = calibrate(
+            model, CONFIG, batches, targets={"prefill": 0.25, "decode": 0.4}, strategy="length", **options
+        )
+        return [list(found.fits[phase].lengths) for phase in ("prefill", "decode")]
+
+    assert list(calibrate(model, CONFIG, texts, targets=TARGETS).histograms["prefill"].reached) == [32, 64, 128, 256]
+    assert fitted(texts) == [[256], [256]]
+    assert fitted([*texts, texts[0][:, :128]]) == [[128, 256], [128, 256]]
+    assert fitted([*texts, texts[0][:, :64], texts[0][:, :40]]) == [[64, 256], [64, 256]]
+    assert fitted(texts, lengths=[64, 128, 256]) == [[64, 128, 256]] * 2
+    found = calibrate(model, CONFIG, texts, targets=TARGETS, strategy="length")
+    assert {phase: fit.lengths[256].sparsity for phase, fit in found.fits.items()} == pytest.approx(TARGETS, abs=0.01)
+
+
 def test_the_result_survives_a_file_and_reaches_every_layer(model, texts, tmp_path):
     found = calibrate(model, CONFIG, texts[:2], targets=TARGETS, strategy="balanced", lengths=[256])
     again = load_config(save_config(found.config, tmp_path / "calibrated.json"))
