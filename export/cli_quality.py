@@ -171,7 +171,7 @@ def _draw(
         length, layers = max(lengths.items())
         if not any(mass.total for mass in layers.values()):
             continue
-        drawn.append(plot_heads(layers, folder / f"heads-{name}.png"))
+        drawn.append(plot_heads(layers, folder / f"heads-{name}.png", f"{name}, {length} tokens"))
         layer, head = max(
             ((layer, head) for layer, mass in layers.items() for head in range(len(mass.total or ()))),
             key=lambda place: (layers[place[0]].skipped or [0])[place[1]],
@@ -180,6 +180,6 @@ def _draw(
         with trial(loaded.model, candidates[name]), observed(loaded.model, watcher):
             forward(loaded.model, shortened(texts[length][0], length), use_cache=False, logits_to_keep=1)
         if watcher.tiles is not None:
-            title = f"{name}, {layer}, head {head}"
+            title = f"{name}, {length} tokens, {layer}, head {head}"
             drawn.append(plot_tiles(watcher.tiles[head], folder / f"tiles-{name}.png", title))
     return drawn

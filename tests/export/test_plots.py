@@ -1,11 +1,12 @@
 """Pictures are files with something in them; what cannot be drawn is refused."""
 
 import builtins
+from dataclasses import replace
 
 import pytest
 import torch
 
-from export.plots import plot_curve, plot_heads, plot_tiles
+from export.plots import _short, plot_curve, plot_heads, plot_tiles
 from sparse_attention.errors import MissingError, UsageError
 from sparse_attention.quality import QualityRow
 from sparse_attention.quality_mass import LayerMass
@@ -32,6 +33,20 @@ def test_curve_shows_each_line(tmp_path):
     one = plot_curve([row("a", 0.3, 10.1)], tmp_path / "one.png")
     two = plot_curve([row("a", 0.3, 10.1), row("b", 0.3, 10.3)], tmp_path / "two.png")
     assert (pixels(one) != pixels(two)).any()
+
+
+def test_curve_shows_how_sure_it_is(tmp_path):
+    one = plot_curve([row("a", 0.3, 10.1)], tmp_path / "one.png")
+    several = plot_curve([replace(row("a", 0.3, 10.1), error=0.001)], tmp_path / "several.png")
+    assert (pixels(one) != pixels(several)).any()
+
+
+def test_layers_are_named_by_what_they_differ_in():
+    names = [f"model.layers.{i}.self_attn" for i in range(3)]
+    assert _short(names) == (["0", "1", "2"], "model.layers.*.self_attn")
+    assert _short(["a.0.x", "b.1.x"]) == (["a.0", "b.1"], "*.*.x")
+    assert _short(["a.x", "b.y.z"]) == (["a.x", "b.y.z"], "")
+    assert _short(["model.attention"]) == (["model.attention"], "")
 
 
 def test_heads(tmp_path):
