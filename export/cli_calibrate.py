@@ -198,14 +198,21 @@ def halves(loaded: LoadedModel, sources: list[str] | None) -> tuple[Tensor, Tens
     return split(tokenize(texts, loaded.tokenizer, getattr(config, "vocab_size", None)))
 
 
+def check_length(loaded: LoadedModel, length: int, where: str) -> None:
+    """Refuses texts that are no texts, or longer than what the model has positions for."""
+    longest = getattr(getattr(loaded.model, "config", None), "max_position_embeddings", None)
+    if length < 2:
+        raise UsageError("a text has at least two tokens", where=where, found=str(length), fix="use 2048, or more")
+    if isinstance(longest, int) and length > longest:
+        raise UsageError("longer than the model's positions", where=where, found=str(length),
+                         fix=f"use at most {longest}")  # fmt: skip
+
+
 def cut(
     loaded: LoadedModel, half: Tensor, length: int, count: int, what: str, *, fewer: bool = False
 ) -> list[Tensor]:  # fmt: skip
     """`count` texts `[1, length]` spread over one half of the text; `fewer` will do where there are not so many."""
-    longest = getattr(getattr(loaded.model, "config", None), "max_position_embeddings", None)
-    if isinstance(longest, int) and length > longest:
-        raise UsageError("longer than the model's positions", where="a text's length", found=str(length),
-                         fix=f"use at most {longest}")  # fmt: skip
+    check_length(loaded, length, what)
     there = half.numel() // length
     if there < (1 if fewer else count):
         raise UsageError(
@@ -261,7 +268,7 @@ def _write(
 
 
 def _print(console: Console, result: Calibration, compare: bool, lengths: list[int] | None) -> None:
-    table = Table(title="thresholds, and what they skip", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits 80 columns
+    table = Table(title="thresholds, and what they skip", box=SIMPLE_HEAD, show_edge=False, padding=0)  # 80 columns
     for column in ("phase", "strategy", "length", "λ", "target", "fitted", "held out", "most", "mass"):
         table.add_column(column, justify="left" if column in ("phase", "strategy") else "right", no_wrap=True)
     for phase, found in result.fits.items():
@@ -283,5 +290,5 @@ def _add_rows(table: Table, phase: Phase, found: Fit, result: Calibration | None
         table.add_row(
             phase, found.strategy, str(length), "per layer" if given.threshold is None else f"{given.threshold:.4g}",
             f"{found.target:.2f}", f"{given.sparsity:.3f}", "" if got is None else f"{got.sparsity:.3f}",
-            f"{given.most:.3f}", f"{given.mass:.2e}",
+            f"{given.most:.3f}", f"{given.mass:.1e}",
         )  # fmt: skip

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from export.cli_calibrate import Device, Dtype, Model, Text, Unit, cut, halves, on_device, parse_lengths
+from export.cli_calibrate import Device, Dtype, Model, Text, Unit, check_length, cut, halves, on_device, parse_lengths
 from export.cli_common import Force, Json, Overrides, one_of, print_json
 from export.cli_progress import bar
 from export.models import LoadedModel
@@ -86,7 +86,7 @@ def quality(
             state.unlink(missing_ok=True)
     if as_json:
         print_json(result.as_dict())
-    beyond = [row for row in result.rows if most_rise is not None and row.rise > most_rise]
+    beyond = [row for row in result.rows if most_rise is not None and not row.rise <= most_rise]  # NaN is beyond
     broken = sum(mass.violations for of in result.layers.values() for some in of.values() for mass in some.values())
     if beyond or broken:
         worst = ", ".join(f"{row.candidate} at {row.length} tokens: {100 * row.rise:+.2f} %" for row in beyond)
@@ -96,9 +96,14 @@ def quality(
 
 def _candidates(configs: list[str], overrides: list[str], targets: str | None) -> dict[str, SparseAttentionConfig]:
     found: dict[str, SparseAttentionConfig] = {}
+    names: set[str] = set()
     for source in configs:
         config = load_config(source, overrides)
+        if configs.count(source) > 1:
+            raise UsageError("the same configuration twice", where="--config", found=source, fix="name each once")
         name = Path(source).stem
+        name = source if name in names else name  # two files of one name, in two folders
+        names.add(name)
         if targets is None:
             found[name] = config
             continue
@@ -119,12 +124,14 @@ def _needles(loaded: LoadedModel, text: list[str] | None, lengths: str | None, d
         where = [float(part) for part in depths.split(",")]
     except ValueError:
         raise UsageError("not a list of depths", where="--depths", found=depths, fix="write 0.1,0.5,0.9") from None
+    for length in wanted:
+        check_length(loaded, length, "--needles")
     filler = tokenize(read_texts(list(text or ["builtin"])), loaded.tokenizer)
     return make_needles(loaded.tokenizer, filler, wanted, where)
 
 
 def _print(console: Console, result: Quality) -> None:
-    table = Table(title="against the dense model", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits 80 columns
+    table = Table(title="against the dense model", box=SIMPLE_HEAD, show_edge=False, padding=0)  # 80 columns
     table.add_column("configuration", overflow="fold")
     for column in ("length", "texts", "skipped\n%", "perplexity", "rise\n%", "±", "KL", "top-1\n%"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -139,6 +146,11 @@ def _print(console: Console, result: Quality) -> None:
                 f"{100 * row.rise:+.3f}", error, f"{row.kl:.1e}", f"{100 * row.top1:.2f}",
             )  # fmt: skip
     console.print(table)
+    for row in result.rows:
+        if row.sparsity == 0.0:
+            console.print(
+                f"note: {row.candidate} skips nothing at {row.length} tokens", style="yellow", highlight=False
+            )
     for name, lengths in result.layers.items():
         for length, layers in lengths.items():
             pairs = sum(mass.rows for mass in layers.values())

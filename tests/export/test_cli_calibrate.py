@@ -9,11 +9,12 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from export.cli_calibrate import calibrate
+from export.cli_calibrate import calibrate, halves, on_device
 from export.cli_quality import quality
 from sparse_attention import load_config
 from sparse_attention.errors import ConfigError, UsageError
 from sparse_attention.interchange import from_checkpoint_record
+from sparse_attention.texts import read_texts, tokenize
 
 sys.path.append(str(Path(__file__).parents[1] / "sparse_attention"))
 from calibration_models import peaky_llama
@@ -118,6 +119,9 @@ def test_bench(folder):
         (["--target", "prefill=1"], "between 0 and 1"),
         (["--target", "0"], "every target is 0"),
         (["--target", "half"], "not a target"),
+        (["--target", "prefill=0.2,decode"], "not a target"),
+        (["--target", "prefill=0.2,prefill=0.3"], "not a target"),
+        (["--histograms", "{folder}/text.txt/part.safetensors"], "cannot be written"),
         (["--length", "5000"], "positions"),
         (["--length", "500", "--samples", "1", "--held-out", "9"], "too little text"),
         (["--shard", "1/2"], "needs a place"),
@@ -129,7 +133,52 @@ def test_bench(folder):
 )
 def test_usage_errors(folder, tmp_path, arguments, message):
     with pytest.raises(UsageError, match=message):
-        run("calibrate", *of(folder), *TILES, "--length", 128, "-o", tmp_path / "c.json", *arguments)
+        given = [argument.format(folder=folder) for argument in arguments]
+        run("calibrate", *of(folder), *TILES, "--length", 128, "-o", tmp_path / "c.json", *given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lengths", "0"], "at least two tokens"),
+        (["--lengths", "600"], "positions"),
+        (["--needles", "600"], "positions"),
+        (["--needles", "40"], "does not fit"),
+        (["--samples", "40"], "too little text"),
+        (["-c", "{config}"], "the same configuration twice"),
+        (["--state", "{config}/state.json"], "cannot be written"),
+        (["--plots", "{config}"], "cannot be written"),
+    ],
+)
+def test_usage_errors_of_quality(folder, tmp_path, arguments, message):
+    config = tmp_path / "half.json"
+    config.write_text('{"sparse_cfg": {"*attention*": {"br": 8, "bc": 8, "threshold": 0.5}}}')
+    given = [argument.format(config=config) for argument in arguments]
+    with pytest.raises(UsageError, match=message):
+        run("quality", *of(folder), "-c", config, "--lengths", 256, "--samples", 1, *given)
+
+
+def test_files_of_one_name_are_two_configurations_and_nothing_skipped_is_said(folder, tmp_path):
+    sources = []
+    for name, threshold in (("a", 0.5), ("b", 0.0)):
+        (tmp_path / name).mkdir()
+        sources += ["-c", tmp_path / name / "same.json"]
+        sources[-1].write_text(f'{{"sparse_cfg": {{"*attention*": {{"br": 8, "bc": 8, "threshold": {threshold}}}}}}}')
+    result = tmp_path / "q.json"
+    code, out = run("quality", *of(folder), *sources, "--lengths", 128, "--samples", 2, "-o", result, "--most-rise", 1)
+    rows = json.loads(result.read_text())["rows"]
+    assert code == 0 and [row["sparsity"] > 0 for row in rows] == [True, False]
+    assert rows[0]["error"] > 0 and rows[1]["error"] == 0
+    assert out.count("skips nothing") == 1
+    assert run("quality", *of(folder), *sources, "--lengths", 128, "--samples", 1, "--most-rise", "nan")[0] == 1
+
+
+def test_both_commands_take_other_halves_of_a_text(folder):
+    loaded = on_device(str(folder / "model"), "float32", "cpu")
+    ours, theirs = halves(loaded, [str(folder / "text.txt")])
+    letters = tokenize(read_texts(folder / "text.txt"), loaded.tokenizer)
+    assert sorted([*ours.tolist(), *theirs.tolist()]) == sorted(letters.tolist())
+    assert torch.equal(ours[:250], letters[:250]) and torch.equal(theirs[:250], letters[250:500])
 
 
 def test_outputs_are_not_overwritten(folder, tmp_path):
