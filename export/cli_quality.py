@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -183,7 +184,8 @@ def _draw(
         length, layers = max(lengths.items())
         if not any(mass.total for mass in layers.values()):
             continue
-        drawn.append(plot_heads(layers, folder / f"heads-{name}.png", f"{name}, {length} tokens"))
+        file = re.sub(r"[^\w.@-]+", "-", name).strip("-")
+        drawn.append(plot_heads(layers, folder / f"heads-{file}.png", f"{name}, {length} tokens"))
         layer, head = max(
             ((layer, head) for layer, mass in layers.items() for head in range(len(mass.total or ()))),
             key=lambda place: (layers[place[0]].skipped or [0])[place[1]],
@@ -193,5 +195,5 @@ def _draw(
             forward(loaded.model, shortened(texts[length][0], length), use_cache=False, logits_to_keep=1)
         if watcher.tiles is not None:
             title = f"{name}, {length} tokens, {layer}, head {head}"
-            drawn.append(plot_tiles(watcher.tiles[head], folder / f"tiles-{name}.png", title))
+            drawn.append(plot_tiles(watcher.tiles[head], folder / f"tiles-{file}.png", title))
     return drawn

@@ -165,7 +165,9 @@ def test_files_of_one_name_are_two_configurations_and_nothing_skipped_is_said(fo
         sources += ["-c", tmp_path / name / "same.json"]
         sources[-1].write_text(f'{{"sparse_cfg": {{"*attention*": {{"br": 8, "bc": 8, "threshold": {threshold}}}}}}}')
     result = tmp_path / "q.json"
-    code, out = run("quality", *of(folder), *sources, "--lengths", 128, "--samples", 2, "-o", result, "--most-rise", 1)
+    options = ("-o", result, "--most-rise", 1, "--plots", tmp_path / "plots")
+    code, out = run("quality", *of(folder), *sources, "--lengths", 128, "--samples", 2, *options)
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 5
     rows = json.loads(result.read_text())["rows"]
     assert code == 0 and [row["sparsity"] > 0 for row in rows] == [True, False]
     assert rows[0]["error"] > 0 and rows[1]["error"] == 0
