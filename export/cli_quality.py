@@ -25,7 +25,7 @@ from sparse_attention.needle import Needle
 from sparse_attention.needle import needles as make_needles
 from sparse_attention.quality import DENSE, Quality
 from sparse_attention.quality import quality as measure
-from sparse_attention.quality_mass import TileMapObserver
+from sparse_attention.quality_mass import LayerMass, TileMapObserver
 from sparse_attention.retarget import at_target
 from sparse_attention.texts import read_texts, tokenize
 from sparse_attention.trial import forward, shortened, trial
@@ -78,13 +78,13 @@ def quality(
         )  # fmt: skip
     console = Console(quiet=as_json)
     _print(console, result)
+    if output is not None:
+        write_json(output, result.as_dict(), force=force)
     if plots is not None:
         for path in _draw(loaded, candidates, result, texts, plots):
             console.print(f"wrote {path}", highlight=False)
-    if output is not None:
-        write_json(output, result.as_dict(), force=force)
-        if state is not None:
-            state.unlink(missing_ok=True)
+    if output is not None and state is not None:
+        state.unlink(missing_ok=True)
     if as_json:
         print_json(result.as_dict())
     beyond = [row for row in result.rows if most_rise is not None and not row.rise <= most_rise]  # NaN is beyond
@@ -186,9 +186,10 @@ def _draw(
             continue
         file = re.sub(r"[^\w.@-]+", "-", name).strip("-")
         drawn.append(plot_heads(layers, folder / f"heads-{file}.png", f"{name}, {length} tokens"))
-        layer, head = max(
+        # the head nearest to half: one that skips all or nothing shows nothing
+        layer, head = min(
             ((layer, head) for layer, mass in layers.items() for head in range(len(mass.total or ()))),
-            key=lambda place: (layers[place[0]].skipped or [0])[place[1]],
+            key=lambda place: abs(_share(layers[place[0]], place[1]) - 0.5),
         )
         watcher = TileMapObserver(layer)
         with trial(loaded.model, candidates[name]), observed(loaded.model, watcher):
@@ -197,3 +198,7 @@ def _draw(
             title = f"{name}, {length} tokens, {layer}, head {head}"
             drawn.append(plot_tiles(watcher.tiles[head], folder / f"tiles-{file}.png", title))
     return drawn
+
+
+def _share(mass: LayerMass, head: int) -> float:
+    return mass.skipped[head] / max(mass.total[head], 1) if mass.skipped and mass.total else 0.0

@@ -61,7 +61,7 @@ def plot_heads(layers: Mapping[str, LayerMass], path: Path | str, title: str = "
             image[row, head] = 100 * skipped / max(total, 1)
     names, pattern = _short(list(counted))
     figure, axes = _figure((2.5 + 0.35 * heads, 1.5 + 0.2 * len(counted)))
-    shown = axes.imshow(image, aspect="auto", vmin=0, cmap="viridis", interpolation="nearest")
+    shown = axes.imshow(image, aspect="auto", vmin=0, vmax=100, cmap="viridis", interpolation="nearest")
     axes.set_title(title, fontsize="small")
     axes.set_xlabel("query head")
     axes.set_ylabel(pattern or "layer")
