@@ -35,16 +35,18 @@ class _Map(ctypes.Structure):
 
 
 def plugin_module(name: str) -> ModuleType:
-    """A build script of `plugins/`, which is no package."""
-    for folder in (PLUGINS, PLUGINS / "kernels"):
-        if (folder / f"{name}.py").is_file():
-            spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
-            assert spec and spec.loader
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[name] = module
-            spec.loader.exec_module(module)
-            return module
-    raise FileNotFoundError(name)
+    """A build script of `plugins/` or a module of its kernels, which are no packages."""
+    kernels = str(PLUGINS / "kernels")
+    if kernels not in sys.path:  # they import each other by name
+        sys.path.append(kernels)
+    if not (PLUGINS / f"{name}.py").is_file():
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(name, PLUGINS / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def compile_library(folder: Path, libcuda: str = "") -> Path:
