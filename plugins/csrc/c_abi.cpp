@@ -107,6 +107,31 @@ bsa_status guarded(Body const& body) noexcept
     }
 }
 
+// What a call needs on a device of this capability; with kANY_CAPABILITY the most it needs on any.
+std::size_t workspaceOn(int capability, bsa_params const* params)
+{
+    std::size_t bytes = 0;
+    guarded([&] {
+        if (bsa_status const status = check(params); status != BSA_OK)
+        {
+            return status;
+        }
+        auto const capabilities
+            = capability == bsa::kANY_CAPABILITY ? bsa::capabilitiesCompiled() : std::vector<int>{capability};
+        for (int const one : capabilities)
+        {
+            Choice choice;
+            std::string words;
+            if (bsa::choose(*params, one, choice, words))
+            {
+                bytes = std::max(bytes, bsa::workspaceSize(choice, *params));
+            }
+        }
+        return BSA_OK;
+    });
+    return bytes;
+}
+
 } // namespace
 
 extern "C" {
@@ -163,30 +188,23 @@ bsa_status bsa_prepare(bsa_params const* params)
 
 size_t bsa_workspace_size(bsa_params const* params)
 {
-    std::size_t bytes = 0;
+    int capability = bsa::kANY_CAPABILITY; // without a device enough for every one
     guarded([&] {
-        if (bsa_status const status = check(params); status != BSA_OK)
-        {
-            return status;
-        }
         Driver const* driver = nullptr;
         bsa_status status = BSA_OK;
         std::string words;
-        bsa::Device const* device = currentDevice(driver, status, words);
-        // Without a device enough for every one: an engine may be planned where there is none.
-        std::vector<int> const capabilities
-            = device != nullptr ? std::vector<int>{device->capability()} : bsa::capabilitiesCompiled();
-        for (int const capability : capabilities)
+        if (bsa::Device const* device = currentDevice(driver, status, words); device != nullptr)
         {
-            Choice choice;
-            if (bsa::choose(*params, capability, choice, words))
-            {
-                bytes = std::max(bytes, bsa::workspaceSize(choice, *params));
-            }
+            capability = device->capability();
         }
-        return BSA_OK;
+        return status;
     });
-    return bytes;
+    return workspaceOn(capability, params);
+}
+
+size_t bsa_workspace_size_any_device(bsa_params const* params)
+{
+    return workspaceOn(bsa::kANY_CAPABILITY, params);
 }
 
 int32_t bsa_supported(bsa_params const* params, char* reason, size_t reasonSize)

@@ -111,6 +111,9 @@ BSA_API bsa_status bsa_prepare(const bsa_params* params);
 /* Bytes of device workspace bsa_launch needs for these sizes and options (pointers are not read, only compared with 0). */
 BSA_API size_t bsa_workspace_size(const bsa_params* params);
 
+/* The same, enough for every device the library was built for: where a call is planned for more than the current one. */
+BSA_API size_t bsa_workspace_size_any_device(const bsa_params* params);
+
 /* 1 if a kernel exists for these sizes and options, else 0 with the reason in `reason` (may be 0; always terminated).
  * Needs no GPU: with no current device it answers for the architectures the library was built for. */
 BSA_API int32_t bsa_supported(const bsa_params* params, char* reason, size_t reason_size);

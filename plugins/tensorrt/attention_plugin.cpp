@@ -189,6 +189,7 @@ int32_t AttentionPlugin::configurePlugin(DynamicPluginTensorDesc const* in, int3
     });
 }
 
+/* Enough for every size in the profile's range, on every device: an engine may be built for more than this one. */
 size_t AttentionPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t nbInputs,
     DynamicPluginTensorDesc const* /*outputs*/, int32_t nbOutputs) const noexcept
 {
@@ -197,7 +198,7 @@ size_t AttentionPlugin::getWorkspaceSize(DynamicPluginTensorDesc const* inputs, 
         size_t bytes = 0;
         for (bsa_params const& call : sampleCalls(mFields, mInputs, inputs))
         {
-            bytes = std::max(bytes, bsa_workspace_size(&call));
+            bytes = std::max(bytes, bsa_workspace_size_any_device(&call));
         }
         return bytes;
     });

@@ -56,13 +56,15 @@ def enqueue_emulated(
     profile: str,
     inputs: Sequence[Tensor],
     outputs: Sequence[Tensor],
+    *,
+    workspace_bytes: int = WORKSPACE,
 ) -> None:
     """Walks one profile of one node of a plan through the plugin and enqueues it on the emulated GPU.
 
     Raises AssertionError with the reason of a failed step, and what the emulation raised.
     """
     library = ctypes.CDLL(str(build / "libblockskip_plugin_walk_c.so"))
-    workspace = torch.full((WORKSPACE,), 255, dtype=torch.uint8)
+    workspace = torch.full((workspace_bytes,), 255, dtype=torch.uint8)
     reason = ctypes.create_string_buffer(1024)
     emulation.seed, emulation.launched, emulation._error = 0, [], None
 
@@ -71,7 +73,7 @@ def enqueue_emulated(
 
     failed = library.blockskipWalkEnqueue(
         str(build / LIBRARY).encode(), str(plan).encode(), node.encode(), profile.encode(), pointers(inputs),
-        pointers(outputs), ctypes.c_void_p(workspace.data_ptr()), ctypes.c_size_t(WORKSPACE), None, reason,
+        pointers(outputs), ctypes.c_void_p(workspace.data_ptr()), ctypes.c_size_t(workspace_bytes), None, reason,
         ctypes.c_size_t(len(reason)),
     )  # fmt: skip
     if emulation._error is not None:

@@ -106,6 +106,17 @@ def test_window_and_softcap(enqueue: Enqueue) -> None:
     check(enqueue, inputs_of(1, 200, 420), THRESHOLD, window=150, softcap=20.0)
 
 
+@pytest.mark.parametrize("rows", [1, 200])
+def test_sinks_join_the_denominator(enqueue: Enqueue, rows: int) -> None:
+    tensors = inputs_of(1, rows, 420)
+    options = {"threshold": THRESHOLD, "is_causal": True, "scale": SIZE**-0.5}
+    without, _ = attention(**tensors, **options)  # type: ignore[arg-type]
+    tensors["sinks"] = torch.tensor([20.0, 12.0, 0.0, float("-inf")], dtype=torch.float16)
+    expected, _ = attention(**tensors, **options)  # type: ignore[arg-type]
+    assert (without - expected).abs().max() > 10 * TOLERANCE
+    check(enqueue, tensors, THRESHOLD)
+
+
 def test_calibrated_threshold_follows_the_length(enqueue: Enqueue) -> None:
     tensors = inputs_of(1, 300, 520)
     curve = {"prefill_a": 2.0, "prefill_b": 3.0, "prefill_target": 0.5}
