@@ -12,6 +12,7 @@ from rich.table import Table
 
 from export.adapter import Padding
 from export.cli_common import DEFAULT_CONFIG, Config, Force, Json, Overrides, Report, Tokens, one_of, print_json, status
+from export.engine import require_tensorrt
 from export.engine.options import EngineOptions
 from export.engine.shapes import DEFAULT_LENGTH
 from export.models import DTYPES, LoadedModel, load_model
@@ -85,7 +86,7 @@ def export(
 ) -> None:
     """Export MODEL with block-skip attention, and check that the file computes what PyTorch computes."""
     settings = load_config(config, overrides or ())
-    output_format(output, settings)
+    kind = output_format(output, settings)
     options = ExportOptions(
         opset=opset,
         padding=cast(Padding, one_of("--padding", padding, ("auto", "none", "right", "any"))),
@@ -119,6 +120,8 @@ def export(
     with status() as progress:
         loaded: LoadedModel | None = None
         if not model.endswith(".onnx"):
+            if kind == "tensorrt" and built_for == "tensorrt":
+                require_tensorrt(engine)  # a model takes long to load, and much memory
             progress("loading the model")
             loaded = load_model(model, dtype=dtype)
             options = options.with_examples(loaded)

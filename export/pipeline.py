@@ -211,10 +211,10 @@ def export(
     target = path
     if kind == "tensorrt":
         check_output(path, force=force)
-        _require_engine_can_be_built(model, engine, runtime)
         if not isinstance(model, nn.Module) and (nodes := op_nodes(read_onnx(Path(model)))):
             _build(Path(model), path, engine, runtime, force=force)
             return ExportResult(path, len(nodes))
+        _require_engine_can_be_built(model, engine, runtime)
         target = path.with_suffix(".onnx")
     if isinstance(model, nn.Module):
         result = export_onnx(
@@ -232,7 +232,7 @@ def export(
 def _require_engine_can_be_built(model: nn.Module | Path | str, engine: EngineOptions | None, runtime: Runtime) -> None:
     """Stops before a model is exported for nothing."""
     if runtime == "tensorrt-rtx":
-        from export.runtime_rtx import import_tensorrt_rtx
+        from export.engine.tensorrt_api import import_tensorrt_rtx
 
         import_tensorrt_rtx()
         return

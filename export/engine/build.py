@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from export.engine.gpu import require_gpu, use_gpu
 from export.engine.kernel_check import require_kernels
 from export.engine.model import ExportedModel, read_model
 from export.engine.options import HARDWARE, EngineOptions
@@ -39,8 +40,9 @@ class EngineReport:
 
 
 def require_tensorrt(options: EngineOptions | None = None) -> None:
-    """Raises MissingError where TensorRT or the plugin library lacks: before a model is exported for nothing."""
+    """Raises MissingError where TensorRT, the plugin library or a GPU lacks: before a model is exported for nothing."""
     check_tensorrt(find_plugin((options or EngineOptions()).plugin), import_tensorrt().__version__)
+    require_gpu(use_gpu())
 
 
 def build_engine(
@@ -66,9 +68,11 @@ def build_engine(
     profiles = make_profiles(model.inputs, parse_shapes(options.shapes), max_length=options.max_length)
     prepared = prepare(model)
     plugin = find_plugin(options.plugin)
+    no_gpu = use_gpu()
     require_kernels(model, profiles, plugin)
     tensorrt = import_tensorrt()
     check_tensorrt(plugin, tensorrt.__version__)
+    require_gpu(no_gpu)
     command = trtexec_command(onnx, path, profiles, options, plugin.path, major_of(tensorrt))
     console.print("The same by hand:", command, soft_wrap=True, markup=False, highlight=False)
     for change in prepared.changes:
@@ -84,7 +88,8 @@ def build_engine(
     record = Sidecar(
         "tensorrt", tensorrt.__version__, sha256(engine).hexdigest(), len(engine), current_gpu(),
         {"sha256": plugin.sha256, "tensorrt_headers": plugin.tensorrt_headers, "kernels": plugin.kernels},
-        describe_profiles(profiles), options.as_json(), model.configuration, sha256_of(onnx), len(model.nodes),
+        describe_profiles(profiles), options.as_json(), model.recorded.get("config"), model.exported, sha256_of(onnx),
+        len(model.nodes),
     )  # fmt: skip
     save(path, engine, record)
     save_timing_cache(config, options)

@@ -11,7 +11,7 @@ from onnx import TensorProto
 
 from export import op
 from export.engine.model import AttentionNode, Dim, ExportedModel, TensorInfo
-from export.engine.plugin import PluginLibrary, open_library
+from export.engine.plugin import BUILD, PluginLibrary, open_library
 from export.engine.shapes import Profile, evaluate
 from sparse_attention.errors import UsageError
 
@@ -71,9 +71,18 @@ def require_kernels(model: ExportedModel, profiles: Sequence[Profile], plugin: P
                     "The plugin has no kernel for a node of the model.",
                     where=f"node {node.name}, profile {profile.name}",
                     found=reason,
-                    fix="Export the model with values that the kernels have (the reason names them).",
+                    fix=_fix(reason),
                 )
     return answers
+
+
+def _fix(reason: str) -> str:
+    """In the words of the kernel library: another GPU, another build of the library, or another export."""
+    if "compute capability" in reason:
+        return "Build the engine on a GPU of an architecture that the kernels were built for."
+    if "left out" in reason:
+        return f"Build the plugin with all its kernels: `{BUILD}`."
+    return "Export the model again with what the kernels have (the reason names it), or change --shapes."
 
 
 def why_not(

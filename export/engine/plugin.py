@@ -34,7 +34,7 @@ class PluginLibrary:
 def find_plugin(path: Path | None = None) -> PluginLibrary:
     """The library at `path`, or named by the environment, or in the build folder of the source tree.
 
-    Raises MissingError with the command that builds it, or with the reason why it cannot be loaded.
+    Raises MissingError with the command that builds it, or with the reason why it cannot be loaded or used.
     """
     found = Path(path or os.environ.get(VARIABLE) or Path(__file__).resolve().parents[2] / "build" / LIBRARY)
     if not found.is_file():
@@ -49,18 +49,24 @@ def find_plugin(path: Path | None = None) -> PluginLibrary:
             "The plugin library has another version of the op.", where=str(found),
             found=str(info.get("plugin_version")), fix=f"Build it again: this package needs version {op.VERSION}.",
         )  # fmt: skip
+    # Before anything is asked of it: the layout of what it takes may differ between major versions.
+    _require_supported("compiled for", info["tensorrt_headers"], found)
     return PluginLibrary(found, sha256_of(found), info["tensorrt_headers"], info["plugin_version"], info["kernels"])
 
 
 def check_tensorrt(plugin: PluginLibrary, tensorrt_version: str) -> None:
     """Raises MissingError where the library was compiled for a TensorRT whose plugins this one cannot take."""
-    for what, version in (("compiled for", plugin.tensorrt_headers), ("to be loaded into", tensorrt_version)):
-        if int(version.split(".", maxsplit=1)[0]) not in SUPPORTED_MAJORS:
-            raise MissingError(
-                f"The plugin library was {what} a TensorRT that is not supported.", where=str(plugin.path),
-                found=f"TensorRT {version}",
-                fix=f"Build it with the headers of the TensorRT you use: TENSORRT_ROOT=... {BUILD}",
-            )  # fmt: skip
+    _require_supported("compiled for", plugin.tensorrt_headers, plugin.path)
+    _require_supported("to be loaded into", tensorrt_version, plugin.path)
+
+
+def _require_supported(what: str, version: str, library: Path) -> None:
+    if int(version.split(".", maxsplit=1)[0]) not in SUPPORTED_MAJORS:
+        raise MissingError(
+            f"The plugin library was {what} a TensorRT that is not supported.", where=str(library),
+            found=f"TensorRT {version}",
+            fix=f"Build it with the headers of the TensorRT you use: TENSORRT_ROOT=... {BUILD}",
+        )  # fmt: skip
 
 
 def load_plugin(registry: Any, plugin: PluginLibrary, errors: list[str]) -> Any:
