@@ -6,10 +6,8 @@ operators of its function body, which hold the whole score matrix.
 
 from __future__ import annotations
 
-import importlib
 from hashlib import sha256
 from pathlib import Path
-from types import ModuleType
 
 from rich.console import Console
 
@@ -20,9 +18,9 @@ from export.engine.options import EngineOptions
 from export.engine.plugin import sha256_of
 from export.engine.shapes import make_profiles, parse_shapes
 from export.engine.sidecar import Sidecar, current_gpu, require_engine_suffix, sidecar_path
-from export.engine.tensorrt_api import make_logger
+from export.engine.tensorrt_api import import_tensorrt_rtx, make_logger
 from export.save import check_output
-from sparse_attention.errors import MissingError, UsageError
+from sparse_attention.errors import UsageError
 
 NOT_ACCELERATED = (
     "This engine is portable, not accelerated: TensorRT-RTX has no plugins, so each block-skip node runs as its "
@@ -59,24 +57,14 @@ def build_portable_engine(
     engine = run_build(tensorrt, builder, network, config, logger, console, where=str(onnx))
     record = Sidecar(
         "tensorrt-rtx", tensorrt.__version__, sha256(engine).hexdigest(), len(engine), current_gpu(), None,
-        describe_profiles(profiles), options.as_json(), model.configuration, sha256_of(onnx), len(model.nodes),
+        describe_profiles(profiles), options.as_json(), model.recorded.get("config"), model.exported, sha256_of(onnx),
+        len(model.nodes),
     )  # fmt: skip
     save(path, engine, record)
     save_timing_cache(config, options)
     return EngineReport(
         path, sidecar_path(path), len(engine), len(model.nodes), profiles, None, (NOT_ACCELERATED,)
     )  # fmt: skip
-
-
-def import_tensorrt_rtx() -> ModuleType:
-    """The `tensorrt_rtx` module; raises MissingError with what to install."""
-    try:
-        return importlib.import_module("tensorrt_rtx")
-    except (ImportError, OSError) as error:
-        raise MissingError(
-            "TensorRT-RTX is not installed.", where="import tensorrt_rtx", found=str(error),
-            fix="pip install tensorrt-rtx",
-        ) from error  # fmt: skip
 
 
 def _require_body(model: ExportedModel) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from export.engine.plugin import check_tensorrt, find_plugin, load_plugin
 from export.engine.sidecar import Sidecar, check_file, check_place, current_gpu, read_sidecar
-from export.engine.tensorrt_api import explain, import_tensorrt, make_logger
+from export.engine.tensorrt_api import explain, import_tensorrt, import_tensorrt_rtx, make_logger
 
 
 @dataclass
@@ -30,7 +30,7 @@ def load_engine(path: Path, *, plugin: Path | None = None) -> LoadedEngine:
     """
     sidecar = read_sidecar(path)
     check_file(path, sidecar)
-    tensorrt = import_tensorrt()
+    tensorrt = import_tensorrt_rtx() if sidecar.runtime == "tensorrt-rtx" else import_tensorrt()
     is_beside = sidecar.plugin is not None and sidecar.options["plugin_placement"] == "beside"
     library = find_plugin(plugin) if is_beside else None
     check_place(path, sidecar, tensorrt.__version__, current_gpu(), library)

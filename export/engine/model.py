@@ -15,8 +15,6 @@ from export import op
 from export.finish import METADATA
 from sparse_attention.errors import MissingError, ModelError, UsageError
 
-CONFIGURATION = f"{METADATA}.config"
-
 Dim = int | str
 """A dimension: its size, or its name, or "" where the model says nothing."""
 
@@ -51,14 +49,29 @@ class AttentionNode:
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A model read for building: `proto` is without its external data, which stays beside `path`; `configuration` is
-    what the export recorded in it, None where it did not."""
+    """A model read for building: `proto` is without its external data, which stays beside `path`; `recorded` is what
+    the export wrote into its metadata (config, unit, signature), without what it did not."""
 
     path: Path
     proto: onnx.ModelProto = field(repr=False)
     inputs: tuple[TensorInfo, ...]
     nodes: tuple[AttentionNode, ...]
-    configuration: Any = None
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> str:
+        """Of the attention, as PyTorch calls it; "float32" where the graph does not tell."""
+        names: dict[int, str] = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
+        return names.get(self.nodes[0].inputs["q"].elem_type, "float32")
+
+    @property
+    def exported(self) -> dict[str, Any]:
+        """How the graph was made of a PyTorch model, for a check against that one."""
+        return {
+            "dtype": self.dtype,
+            "unit": self.recorded.get("unit", "head"),
+            "signature": self.recorded.get("signature"),
+        }
 
 
 def read_model(path: Path) -> ExportedModel:
@@ -83,8 +96,12 @@ def read_model(path: Path) -> ExportedModel:
     _check_versions(path, proto, nodes)
     constants = {tensor.name for tensor in proto.graph.initializer}
     inputs = tuple(_tensor_info(value) for value in proto.graph.input if value.name not in constants)
-    recorded = {p.key: p.value for p in proto.metadata_props}.get(CONFIGURATION)
-    return ExportedModel(path, proto, inputs, nodes, None if recorded is None else json.loads(recorded))
+    return ExportedModel(path, proto, inputs, nodes, _recorded(proto))
+
+
+def _recorded(proto: onnx.ModelProto) -> dict[str, Any]:
+    values = {p.key.removeprefix(f"{METADATA}."): p.value for p in proto.metadata_props}
+    return {key: json.loads(values[key]) for key in ("config", "unit", "signature") if key in values}
 
 
 def walk_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

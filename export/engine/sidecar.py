@@ -10,7 +10,9 @@ from typing import Any
 from export.engine.plugin import PluginLibrary, sha256_of
 from sparse_attention.errors import MissingError, UsageError
 
-FORMAT = 1
+FORMAT = 2
+_NEEDED = {"version_compatible", "hardware_compatibility", "plugin_placement"}
+"""Options that decide where an engine may be loaded."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,11 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What was recorded when an engine was built; see `write`."""
+    """What was recorded when an engine was built.
+
+    `configuration` is that of the sparsified model, None where the `.onnx` carried none; `exported` says how the graph
+    was made of it (`ExportedModel.exported`).
+    """
 
     runtime: str
     version: str
@@ -34,6 +40,7 @@ class Sidecar:
     profiles: dict[str, Any]
     options: dict[str, Any]
     configuration: Any
+    exported: dict[str, Any]
     onnx_sha256: str
     nodes: int
     format: int = FORMAT
@@ -65,6 +72,8 @@ def read_sidecar(engine: Path) -> Sidecar:
         values = json.loads(path.read_text())
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']}, expected {FORMAT}")
+        if missing := _NEEDED - set(values["options"]):
+            raise ValueError(f"no options {', '.join(sorted(missing))}")
         gpu = values.pop("gpu")
         return Sidecar(gpu=None if gpu is None else Gpu(**gpu), **values)
     except FileNotFoundError as error:

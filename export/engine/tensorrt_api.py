@@ -37,6 +37,17 @@ def import_tensorrt() -> ModuleType:
     return tensorrt
 
 
+def import_tensorrt_rtx() -> ModuleType:
+    """The `tensorrt_rtx` module; raises MissingError with what to install."""
+    try:
+        return importlib.import_module("tensorrt_rtx")
+    except (ImportError, OSError) as error:
+        raise MissingError(
+            "TensorRT-RTX is not installed.", where="import tensorrt_rtx", found=str(error),
+            fix="pip install tensorrt-rtx",
+        ) from error  # fmt: skip
+
+
 def major_of(tensorrt: ModuleType) -> int:
     return int(str(tensorrt.__version__).split(".", maxsplit=1)[0])
 

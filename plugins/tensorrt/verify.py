@@ -18,14 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from export.engine import EngineOptions, build_engine, check_engine, require_tensorrt
-from export.engine.check import onnx_reference
-from export.engine.inputs import example_inputs
+from export.engine.against import against_onnx, examples_of
 from export.engine.model import read_model
 from export.engine.sidecar import current_gpu, read_sidecar
 from export.engine.tensorrt_api import import_tensorrt
@@ -38,11 +36,11 @@ from sparse_attention.errors import MissingError, SparseAttentionError
 Placement = Literal["beside", "embedded"]
 
 
-def export_model(folder: Path, dtype: str, tokens: int) -> tuple[Path, np.ndarray]:
+def export_model(folder: Path, dtype: str, tokens: int) -> tuple[Path, torch.Tensor]:
     """The exported model (kept between runs) and a text of so many tokens, `[1, tokens] int64`."""
     loaded = load_model(str(fetch_smollm2()), dtype=dtype)
     config: Any = loaded.model.config
-    ids = token_ids(loaded.tokenizer, tokens, config.vocab_size).numpy()
+    ids = token_ids(loaded.tokenizer, tokens, config.vocab_size)
     path = folder / f"smollm2-{dtype}.onnx"
     if not path.exists():
         options = ExportOptions(kv_cache=True, counts=True, tunable=True)
@@ -51,7 +49,7 @@ def export_model(folder: Path, dtype: str, tokens: int) -> tuple[Path, np.ndarra
 
 
 def check_one(
-    onnx: Path, engine: Path, placement: Placement, ids: np.ndarray, console: Console
+    onnx: Path, engine: Path, placement: Placement, ids: torch.Tensor, console: Console
 ) -> list[dict[str, Any]]:
     """One row per profile: outputs compared, milliseconds sparse and dense."""
     tokens = ids.shape[1]
@@ -61,18 +59,16 @@ def check_one(
         version_compatible=placement == "embedded",
     )
     build_engine(onnx, engine, options=options, force=True, console=console)
-    tensors = read_model(onnx).inputs
-    sparse = {
-        profile: example_inputs(tensors, {name: shapes[1] for name, shapes in recorded.items()})
-        for profile, recorded in read_sidecar(engine).profiles.items()
-    }
+    model = read_model(onnx)
+    sparse = {profile: examples_of(model, recorded) for profile, recorded in read_sidecar(engine).profiles.items()}
     sparse["prefill"]["input_ids"] = ids
-    dense = {p: {**arrays, "threshold_scale": np.zeros(1, np.float32)} for p, arrays in sparse.items()}
-    reference = onnx_reference(onnx)
-    checks = {name: check_engine(engine, reference, given) for name, given in (("sparse", sparse), ("dense", dense))}
+    dense = {profile: {**given, "threshold_scale": torch.zeros(1)} for profile, given in sparse.items()}
+    checks = {
+        name: check_engine(engine, against_onnx(onnx, given)) for name, given in (("sparse", sparse), ("dense", dense))
+    }
     rows = []
     for profile in sparse:
-        outputs = [asdict(o) | {"passed": o.passed} for c in checks.values() for o in c.outputs if o.profile == profile]
+        outputs = [o.as_dict() for c in checks.values() for o in c.outputs if o.profile == profile]
         rows.append({
             "plugin": placement, "profile": profile, "passed": all(o["passed"] for o in outputs), "outputs": outputs,
             **{f"{name}_ms": check.milliseconds[profile] for name, check in checks.items()},

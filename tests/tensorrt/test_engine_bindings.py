@@ -46,7 +46,7 @@ PhaseBars.start = lambda self, *given: (phases.append(given[0]), start(self, *gi
 console = Console(file=io.StringIO())
 engine = build.run_build(tensorrt, builder, network, config, logger, console, where=str(onnx))
 record = Sidecar("tensorrt", tensorrt.__version__, sha256(engine).hexdigest(), len(engine), None, None,
-                 build.describe_profiles(profiles), options.as_json(), None, "", len(model.nodes))
+                 build.describe_profiles(profiles), options.as_json(), None, model.exported, "", len(model.nodes))
 build.save(path, engine, record)
 build.save_timing_cache(config, options)
 check_file(path, read_sidecar(path))
@@ -172,7 +172,7 @@ path.write_bytes(b"engine")
 from hashlib import sha256
 record = Sidecar("tensorrt", tensorrt.__version__, sha256(b"engine").hexdigest(), 6, None, None, {},
                  {"version_compatible": False, "plugin_placement": "beside", "hardware_compatibility": "none"},
-                 None, "", 1)
+                 None, {}, "", 1)
 write_sidecar(sidecar_path(path), record)
 said(lambda: load_engine(path))
 """

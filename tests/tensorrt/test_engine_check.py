@@ -20,9 +20,9 @@ from export.engine.model import TensorInfo
 def test_close_and_far() -> None:
     expected = np.linspace(-4, 4, 100, dtype=np.float16).reshape(10, 10)
     found = torch.from_numpy(expected.copy())
-    assert compare("prefill", "o", found, expected).error == 0
+    assert compare("prefill", "o", found, torch.from_numpy(expected)).error == 0
     found[3, 3] += 0.5
-    check = compare("prefill", "o", found, expected)
+    check = compare("prefill", "o", found, torch.from_numpy(expected))
     assert not check.passed
     assert check.error == pytest.approx(0.5 / 4, rel=1e-2)
 
@@ -30,29 +30,29 @@ def test_close_and_far() -> None:
 def test_nan_only_matches_nan() -> None:
     expected = np.ones((2, 2), np.float32)
     found = torch.tensor([[1.0, float("nan")], [1.0, 1.0]])
-    assert not compare("prefill", "o", found, expected).passed
+    assert not compare("prefill", "o", found, torch.from_numpy(expected)).passed
     expected[0, 1] = np.nan
-    assert compare("prefill", "o", found, expected).passed
+    assert compare("prefill", "o", found, torch.from_numpy(expected)).passed
 
 
 def test_another_shape_is_infinitely_far() -> None:
-    assert compare("prefill", "o", torch.ones(2, 3), np.ones((3, 2), np.float32)).error == float("inf")
+    assert compare("prefill", "o", torch.ones(2, 3), torch.ones(3, 2)).error == float("inf")
 
 
 def test_tile_counts() -> None:
     expected = np.array([[[10, 100], [50, 100]]], np.int32)
     found = torch.from_numpy(expected.copy())
-    assert compare("prefill", "tile_counts", found, expected).error == 0
+    assert compare("prefill", "tile_counts", found, torch.from_numpy(expected)).error == 0
     found[0, 0, 0] += 2  # of 200 tiles
-    assert compare("prefill", "tile_counts", found, expected).error == pytest.approx(0.01)
+    assert compare("prefill", "tile_counts", found, torch.from_numpy(expected)).error == pytest.approx(0.01)
     found[0, 0, 0] += int(200 * COUNTS_ERROR)
-    assert not compare("prefill", "tile_counts", found, expected).passed
+    assert not compare("prefill", "tile_counts", found, torch.from_numpy(expected)).passed
     found[0, 0, 1] += 1  # how many tiles exist is no matter of rounding
-    assert compare("prefill", "tile_counts", found, expected).error == float("inf")
+    assert compare("prefill", "tile_counts", found, torch.from_numpy(expected)).error == float("inf")
 
 
 def test_other_integers_are_equal_or_not() -> None:
-    assert compare("prefill", "ids", torch.tensor([1, 2, 3]), np.array([1, 2, 4])).error == 1
+    assert compare("prefill", "ids", torch.tensor([1, 2, 3]), torch.tensor([1, 2, 4])).error == 1
 
 
 def test_examples_fit_what_the_names_say() -> None:

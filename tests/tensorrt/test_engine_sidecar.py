@@ -32,7 +32,8 @@ def record(**changes: Any) -> Sidecar:
     values: dict[str, Any] = {
         "runtime": "tensorrt", "version": "10.14.1", "sha256": hashlib.sha256(content).hexdigest(),
         "bytes": len(content), "gpu": H100, "plugin": {"sha256": PLUGIN.sha256}, "profiles": {},
-        "options": options | changes.pop("options", {}), "configuration": {"a": 1}, "onnx_sha256": "", "nodes": 2,
+        "options": options | changes.pop("options", {}), "configuration": {"a": 1}, "exported": {},
+        "onnx_sha256": "", "nodes": 2,
     }  # fmt: skip
     return Sidecar(**(values | changes))
 
@@ -61,6 +62,13 @@ def test_unreadable_record(engine: Path, text: str) -> None:
     sidecar_path(engine).write_text(text)
     with pytest.raises(MissingError, match="cannot be read"):
         read_sidecar(engine)
+
+
+def test_a_record_that_was_tampered_with(engine: Path) -> None:
+    write_sidecar(sidecar_path(engine), dataclasses.replace(record(), options={"plugin_placement": "beside"}))
+    with pytest.raises(MissingError, match="cannot be read") as error:
+        read_sidecar(engine)
+    assert "hardware_compatibility, version_compatible" in str(error.value)
 
 
 def test_truncated_engine(engine: Path) -> None:

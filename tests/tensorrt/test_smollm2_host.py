@@ -87,7 +87,7 @@ def test_every_layer_computes_what_pytorch_does(
 @pytest.mark.model
 def test_default_profiles_fit_it(smollm2: Path) -> None:
     model = read_model(smollm2)
-    assert model.configuration["sparse_cfg"]
+    assert model.recorded["config"]["sparse_cfg"]
     prefill, decode = make_profiles(model.inputs, parse_shapes(["sequence:1,512,2048"]))
     assert prefill.inputs["input_ids"] == ((1, 1), (1, 512), (1, 2048))
     assert decode.inputs["input_ids"] == ((1, 1), (1, 1), (1, 1))
