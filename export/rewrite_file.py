@@ -68,7 +68,7 @@ def rewrite(
     sites = find_attention(model)
     if not sites:
         raise ModelError("the graph holds no attention", where=model.graph.name or "the graph",
-                         found=f"{len(list(model.graph))} nodes, neither an Attention nor a Softmax that feeds a product",
+                         found=f"{len(list(model.graph))} nodes, no Attention and no Softmax that feeds a product",
                          fix="pass the whole model, exported from PyTorch")  # fmt: skip
     settings = resolve(config, [AttentionModule(site.module, site.class_name or "Attention") for site in sites])
     report = rewrite_attention(model, _by_module(settings), unit=unit, dry_run=dry_run)
