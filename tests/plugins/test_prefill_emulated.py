@@ -45,7 +45,7 @@ def check(emulation: Emulation, q: Any, k: Any, v: Any, *, clean: Any = None, se
 @pytest.mark.parametrize("br", [64, 128])
 @pytest.mark.parametrize("lam", [0.0, THRESHOLD])
 def test_ragged(prefill: Emulation, size: int, causal: bool, br: int, lam: float) -> None:
-    for rows, columns in RAGGED:
+    for rows, columns in RAGGED if size < 256 else RAGGED[-4:]:  # the emulations take seconds for each of these
         counts = check(prefill, *inputs(1, 2, 1, rows, columns, size), threshold=lam, br=br, is_causal=causal)[1]
         if columns == 520 and lam:
             assert counts[:, 0].sum() > 0
@@ -118,7 +118,7 @@ def test_every_order_of_events_gives_the_same(emulation: Emulation, size: int, b
 @pytest.mark.parametrize("causal", [False, True])
 def test_threshold_from_device_memory(prefill: Emulation, size: int, causal: bool) -> None:
     """λ = 0 at run time gives the dense kernel's bits; of Hopper's two kernels enqueued one finds nothing to do."""
-    q, k, v = inputs(2, 2, 1, 300, 600, size)
+    q, k, v = inputs(2, 2, 1, 200, 400, size)
     dense = prefill.run(q, k, v, is_causal=causal)[0]
     skipping = prefill.run(q, k, v, is_causal=causal, threshold=THRESHOLD)[0]
     assert not torch.equal(dense, skipping)
