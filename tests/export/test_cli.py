@@ -236,3 +236,26 @@ def test_interrupted(work: Path) -> None:
     assert process.returncode == 130, err
     assert "interrupted" in err and "Traceback" not in err and not out
     assert listing(work) == before
+
+
+SWALLOWED = """
+import os, signal, time
+import export.cli
+
+def app():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        raise TypeError("a tracer made this of it")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+export.cli.app = app
+export.cli.main()
+"""
+
+
+def test_an_interrupt_that_comes_out_as_another_exception_is_one() -> None:
+    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130, done.stderr
+    assert "interrupted" in done.stderr and "TypeError" not in done.stderr

@@ -35,5 +35,5 @@ def test_packing_keeps_tensors_and_strides() -> None:
     swapped = q.transpose(1, 2).contiguous().transpose(1, 2)
     call = native.pack(swapped, q, q, q)
     assert any(t is swapped for t in call.tensors)
-    assert len(call.packed) == 320
+    assert len(call.packed) == 328
     assert call.packed != native.pack(q, q, q, q).packed
