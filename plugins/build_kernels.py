@@ -37,7 +37,7 @@ from specifications import Specialisation  # noqa: E402
 
 FAMILIES: tuple[ModuleType, ...] = (specifications, decode_specifications, prefill_specifications)
 TRITON_VERSION = "3.9.0"
-MANIFEST_VERSION = 2
+MANIFEST_VERSION = 3
 
 # Arguments of a Hopper kernel after the four tensor maps, in its order. csrc/launch_hopper.cpp fills them by this list.
 POINTERS = (
@@ -67,9 +67,10 @@ def _signature(spec: Specialisation, gl: Any) -> tuple[dict[str, str], dict[str,
         signature[name] = kind.replace("T", spec.dtype)
     constants: dict[str, object] = {
         "DTYPE": gl.float16 if spec.dtype == "fp16" else gl.bfloat16, "HEAD": spec.head, "GROUPS": spec.groups,
-        "COLUMNS": spec.columns, "STAGES": spec.stages, "SCHEDULE": spec.schedule, "CAUSAL": spec.causal,
-        "JOINT": spec.joint, "O_IN_Q": spec.output_in_q, "LAZY": spec.lazy,
-        "FENCED": spec.fenced, "CONSUMER_REGISTERS": spec.registers,
+        "COLUMNS": spec.columns, "K_STAGES": spec.key_stages, "V_STAGES": spec.value_stages,
+        "SCHEDULE": spec.schedule, "CAUSAL": spec.causal,
+        "JOINT": spec.joint, "O_IN_Q": spec.output_in_q, "SPECULATIVE": spec.speculative, "ON_DEMAND": spec.on_demand,
+        "CONSUMER_REGISTERS": spec.registers,
     }  # fmt: skip
     signature.update(dict.fromkeys(constants, "constexpr"))
     return signature, constants

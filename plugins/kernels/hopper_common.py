@@ -1,9 +1,9 @@
 """What every warp of the Hopper prefill kernel shares: the call, the shared memory, and the way work is handed out.
 
-A CTA is persistent. Its producer warps take work items (one batch entry, one query head, one block of query rows) from
-a counter in device memory, describe each to the consumer warpgroups and stream Q, K and V through shared memory with
-the copy engine (TMA); each consumer warpgroup owns 64 query rows. Barriers live across items, so the loads of the next
-item overlap the last products and the epilogue of the current one.
+A CTA is persistent. One producer warp takes work items (one batch entry, one query head, one block of query rows) from
+a counter in device memory, describes each to the others and streams Q and K through shared memory with the copy engine
+(TMA); a second one streams V; each consumer warpgroup owns 64 query rows. Barriers live across
+items, so the loads of the next item overlap the last products and the epilogue of the current one.
 """
 
 from triton.experimental import gluon
@@ -12,8 +12,11 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 BLOCK_ROWS = gl.constexpr(64)  # query rows of one consumer warpgroup: the M of a wgmma
 TILE_COLUMNS = gl.constexpr(128)  # key columns of a decision, whatever the width of a loaded tile
-VOTE_SLOTS = gl.constexpr(8)  # tiles by which the warpgroups of a joint decision may drift apart, and more
+DRIFT = gl.constexpr(8)  # tiles by which the roles may drift apart, and more: K_STAGES + V_STAGES at most
+TURN_BARRIER = gl.constexpr(12)  # first named barrier of the turns, above those of Triton and of the votes
 NEVER_VOTES = gl.constexpr(1e30)  # running maximum of a row outside the tensor: nothing comes near it
+DENSITY_ONE = gl.constexpr(256)  # share of tiles that are kept, as the producer of V follows it: all of them
+DENSITY_DEMAND = gl.constexpr(40)  # below, V is loaded on demand
 ALWAYS_KEEP = gl.constexpr(-1e29)  # log2 of a zero threshold; above -NEVER_VOTES, so that such rows still do not vote
 
 # bits of Call.given
@@ -41,6 +44,33 @@ def arrive_warp(barrier):
         " bar.warp.sync 0xffffffff; @first mbarrier.arrive.shared::cta.b64 _, [$0]; }",
         ("r",), [barrier], (), is_pure=False,
     )  # fmt: skip
+
+
+@gluon.jit
+def await_phase(barrier, phase):
+    """Waits for a phase of an mbarrier, without the warpgroup-wide barrier that `mbarrier.wait` would put in front."""
+    gl.inline_asm(
+        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1; @!done bra again; }",
+        ("r", "r"), [barrier, phase], (), is_pure=False,
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _turn_asm(what, barrier):
+    return f"barrier.cta.{what} {barrier}, 256;"  # the warpgroup whose turn it is, and the one that gives it
+
+
+@gluon.jit
+def await_turn(GROUP: gl.constexpr):
+    """Waits until products of this warpgroup are issued next."""
+    ASM: gl.constexpr = _turn_asm("sync", TURN_BARRIER + GROUP)
+    gl.inline_asm(ASM, (), [], (), is_pure=False)
+
+
+@gluon.jit
+def give_turn(GROUP: gl.constexpr):
+    ASM: gl.constexpr = _turn_asm("arrive", TURN_BARRIER + GROUP)
+    gl.inline_asm(ASM, (), [], (), is_pure=False)
 
 
 @gluon.jit
@@ -98,10 +128,12 @@ class Call:
     GROUPS: gl.constexpr  # consumer warpgroups
     COLUMNS: gl.constexpr  # key columns of a loaded tile
     HEAD: gl.constexpr  # head size in shared memory; narrower heads are zero-filled by the copy engine
-    STAGES: gl.constexpr  # power of two
+    K_STAGES: gl.constexpr
+    V_STAGES: gl.constexpr
     CAUSAL: gl.constexpr
     GENERAL: gl.constexpr  # window, softcap and bias are possible, and causality is asked for at run time
     JOINT: gl.constexpr  # decide 64 * GROUPS rows together instead of 64
+    ON_DEMAND: gl.constexpr  # while few tiles are kept, V is loaded once a tile is
 
     @gluon.jit
     def has(self, BIT: gl.constexpr):
@@ -139,7 +171,8 @@ class Item:
 class Shared:
     """Shared memory and its barriers.
 
-    `*_full`: filled by the copy engine. `*_free`: no longer read; every consumer warp arrives for itself.
+    `*_full`: filled by the copy engine. `*_free`: no longer read; every consumer warp arrives for itself. V has
+    barriers for every tile within DRIFT, the others for every buffer.
     """
 
     q: gl.shared_memory_descriptor
@@ -157,7 +190,6 @@ class Shared:
     v_clean: gl.shared_memory_descriptor  # keys beyond kv_lengths have been zeroed in the last tile of V
     item_full: gl.shared_memory_descriptor
     item_free: gl.shared_memory_descriptor
-    turn: gl.shared_memory_descriptor  # whose products are issued next
     voted: gl.shared_memory_descriptor
 
     @gluon.jit
@@ -167,8 +199,7 @@ class Shared:
         mbarrier.wait(self.item_free.index(slot), ring_phase(sequence, 2) ^ 1)
         # one thread stores and arrives: the arrival releases its own stores
         gl.inline_asm(
-            "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %tid.x; and.b32 lane, lane, 127;"
-            " setp.eq.u32 first, lane, 0;"
+            "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0;"
             " @first st.shared.b32 [$0], $2; @first st.shared.b32 [$0+4], $3; @first st.shared.b32 [$0+8], $4;"
             " @first st.shared.b32 [$0+12], $5; @first st.shared.b32 [$0+16], $6; @first st.shared.b32 [$0+20], $7;"
             " @first st.shared.b32 [$0+24], $8; @first st.shared.b32 [$0+28], $9; @first st.shared.b32 [$0+32], $10;"
@@ -200,6 +231,15 @@ class Shared:
             is_pure=False,
         )  # fmt: skip
         return Item(words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7], words[8])
+
+    @gluon.jit
+    def any_vote(self, tile, GROUPS: gl.constexpr):
+        """Whether a warpgroup keeps the tile, once all have voted."""
+        result = gl.to_tensor(0)
+        for group in gl.static_range(GROUPS):
+            place = self.votes.index(group * DRIFT + ring_slot(tile, DRIFT))
+            result |= gl.inline_asm("ld.shared.b32 $0, [$1];", ("=r", "r"), [place], gl.int32, is_pure=False)
+        return result
 
     @gluon.jit
     def release_item(self, sequence):
@@ -269,10 +309,10 @@ def load_tile(desc, batch, head, row, full, slot, COLUMNS: gl.constexpr, HEAD: g
 
 
 @gluon.jit
-def produce(call, shared):
-    """The producer warps: hand out items and streams their tiles."""
+def produce_keys(call, shared):
+    """The first producer warp: hands out items, loads their Q and streams their K."""
     sequence = 0
-    tile = 0  # tiles streamed so far; its low bits are the place in the ring
+    tile = 0  # tiles streamed so far, from which the place in the ring follows
     index = gl.program_id(0)
     items = call.heads * call.row_blocks
     while index < items:
@@ -281,9 +321,8 @@ def produce(call, shared):
             shared.publish_item(sequence, 1, item)
             kv_head = item.head // call.group
             for j in range(item.tiles):
-                slot = ring_slot(tile, call.STAGES)
-                free = ring_phase(tile, call.STAGES) ^ 1
-                mbarrier.wait(shared.k_free.index(slot), free)
+                slot = ring_slot(tile, call.K_STAGES)
+                mbarrier.wait(shared.k_free.index(slot), ring_phase(tile, call.K_STAGES) ^ 1)
                 load_tile(call.k, item.batch, kv_head, (item.first + j) * call.COLUMNS, shared.k_full.index(slot),
                           shared.k.index(slot), call.COLUMNS, call.HEAD)  # fmt: skip
                 if j == 0:
@@ -291,9 +330,6 @@ def produce(call, shared):
                         mbarrier.wait(shared.q_free.index(group), (sequence & 1) ^ 1)
                         load_tile(call.q, item.batch, item.head, item.row0 + group * BLOCK_ROWS,
                                   shared.q_full.index(group), shared.q.index(group), BLOCK_ROWS, call.HEAD)  # fmt: skip
-                mbarrier.wait(shared.v_free.index(slot), free)
-                load_tile(call.v, item.batch, kv_head, (item.first + j) * call.COLUMNS, shared.v_full.index(slot),
-                          shared.v.index(slot), call.COLUMNS, call.HEAD)  # fmt: skip
                 tile += 1
             sequence += 1
         if call.has(HAS_COUNTER):
@@ -301,3 +337,50 @@ def produce(call, shared):
         else:
             index += gl.num_programs(0)
     shared.publish_item(sequence, 0, unpack_item(call, gl.to_tensor(0)))
+
+
+@gluon.jit
+def produce_values(call, shared):
+    """The second producer warp: streams V, so that waiting for its buffers does not hold up K.
+
+    Nobody waits for V of a tile that he skips, so this role keeps the others from running away from it by holding back
+    a slot of K.
+
+    ON_DEMAND, while few tiles are kept, V is loaded only when a warpgroup has voted to keep the tile: causal row blocks
+    walk through K and V at different places, and what they all read exceeds what L2 delivers. While many tiles are
+    kept, V is loaded early, for the latency. A tile that is not loaded completes its phase all the same, and no result
+    changes.
+    """
+    sequence = 0
+    tile = 0
+    density = gl.to_tensor(DENSITY_ONE)
+    while shared.receive_item(sequence) != 0:
+        item = shared.read_item(sequence)
+        kv_head = item.head // call.group
+        for j in range(item.tiles):
+            slot = ring_slot(tile, call.V_STAGES)
+            full = shared.v_full.index(ring_slot(tile, DRIFT))
+            before = tile - call.V_STAGES  # the tile that had this buffer
+            if before >= 0:
+                mbarrier.wait(shared.v_free.index(ring_slot(before, DRIFT)), ring_phase(before, DRIFT))
+                # whoever skipped it has not waited for its copy
+                mbarrier.wait(shared.v_full.index(ring_slot(before, DRIFT)), ring_phase(before, DRIFT))
+            arrive_warp(shared.k_free.index(ring_slot(tile, call.K_STAGES)))
+            wanted = gl.to_tensor(1)
+            if call.ON_DEMAND:
+                if before >= 0:
+                    density += (shared.any_vote(before, call.GROUPS) * DENSITY_ONE - density) // 16
+                if density < DENSITY_DEMAND:
+                    for group in gl.static_range(call.GROUPS):
+                        mbarrier.wait(
+                            shared.voted.index(group * DRIFT + ring_slot(tile, DRIFT)), ring_phase(tile, DRIFT)
+                        )
+                    wanted = shared.any_vote(tile, call.GROUPS)
+            if wanted != 0:
+                load_tile(call.v, item.batch, kv_head, (item.first + j) * call.COLUMNS, full, shared.v.index(slot),
+                          call.COLUMNS, call.HEAD)  # fmt: skip
+            else:
+                arrive_warp(full)
+            tile += 1
+        shared.release_item(sequence)
+        sequence += 1

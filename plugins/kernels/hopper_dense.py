@@ -1,95 +1,163 @@
 """Dense schedule: the product of tile j with K and of tile j-1 with V are in flight together (FlashAttention-3).
 
 The softmax of tile j runs while the tensor cores compute P(j-1) V(j-1); the warpgroups take turns in issuing, so that
-one computes exponentials while the other's products run. LAZY and FENCED are what measured faster for a head size:
-README.md beside this folder has the figures.
+one computes exponentials while the other's products run. Exponents are relative to a reference that hardly ever changes
+(`hopper_softmax`), so a tile's maximum is off the critical path: whether a score has outgrown the reference is a vote
+of the warp on what each thread holds, and at head size 128 it is taken after the exponentials.
 """
 
-from hopper_common import BLOCK_ROWS, arrive_warp, ring_phase, ring_slot
+from hopper_common import (
+    BLOCK_ROWS,
+    DRIFT,
+    arrive_warp,
+    await_phase,
+    await_turn,
+    give_turn,
+    ring_phase,
+    ring_slot,
+)
 from hopper_softmax import (
-    LAG,
-    add_counts,
-    any_row_of_warp,
-    as_operand,
     clean_values,
-    existing_tiles,
+    count_all,
+    finite,
     first_maximum,
+    halves,
     hide_columns,
-    no_sums,
-    partial_sums,
-    probabilities,
+    outgrows,
+    partial_maxima,
     rescale,
     rows_layout,
     scale_sums,
     scores_layout,
+    soften,
     store_output,
 )
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 
 @gluon.jit
-def _opaque_one():
-    """1, which the compiler does not know."""
-    return gl.inline_asm("mov.u32 $0, 1;", ("=r",), [], gl.int32, is_pure=False)
+def _divide(scores, COLUMNS: gl.constexpr):
+    """The scores of a tile as two quarters and a half."""
+    half, last = halves(scores, scores_layout(COLUMNS // 2))
+    first, second = halves(half, scores_layout(COLUMNS // 4))
+    return first, second, last
 
 
 @gluon.jit
-def _soften(call, scores, reference, before, sums, acc, DTYPE: gl.constexpr):
-    """`(operand, alpha, sums)`: probabilities, and what an output relative to `before` is multiplied with."""
-    p, shift = probabilities(scores, call.scale_log2, reference)
-    alpha = gl.exp2(before - shift)
-    return as_operand(p, acc, DTYPE), alpha, scale_sums(sums, alpha) + partial_sums(p, call.COLUMNS)
+def _multiply(a, b, c, values, acc):
+    """Issues P V, as three products."""
+    QUARTER: gl.constexpr = a.shape[1]
+    token = warpgroup_mma(a, values.slice(0, QUARTER, dim=0), acc, is_async=True)
+    token = warpgroup_mma(b, values.slice(QUARTER, QUARTER, dim=0), token, is_async=True)
+    return warpgroup_mma(c, values.slice(2 * QUARTER, 2 * QUARTER, dim=0), token, is_async=True)
 
 
 @gluon.jit
-def _step(call, shared, item, visible, operand, acc, reference, sums, tile, j, turn, MASKED: gl.constexpr,
-          GROUP: gl.constexpr, DTYPE: gl.constexpr, LAZY: gl.constexpr, FENCED: gl.constexpr):  # fmt: skip
-    slot = ring_slot(tile, call.STAGES)
-    before = ring_slot(tile - 1, call.STAGES)
+def _start_scores(call, shared, tile, GROUP: gl.constexpr):
+    """Issues Q K^T."""
     zeros = gl.full([BLOCK_ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
-    mbarrier.wait(shared.k_full.index(slot), ring_phase(tile, call.STAGES))
-    mbarrier.wait(shared.turn.index(GROUP), (turn & 1) ^ (1 if GROUP == 0 else 0))
-    scores_token = warpgroup_mma(shared.q.index(GROUP), shared.k.index(slot).permute((1, 0)), zeros, use_acc=False,
-                                 is_async=True)  # fmt: skip
-    acc_token = warpgroup_mma(operand, shared.v.index(before), acc, is_async=True)
-    arrive_warp(shared.turn.index((GROUP + 1) % call.GROUPS))
-    scores = warpgroup_mma_wait(1, deps=(scores_token,))
+    k = shared.k.index(ring_slot(tile, call.K_STAGES))
+    return warpgroup_mma(shared.q.index(GROUP), k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _issue(call, shared, a, b, c, acc, tile, GROUP: gl.constexpr):
+    """Issues Q K^T of a tile and P V of the one before: the scores, and the output in flight."""
+    slot = ring_slot(tile, call.K_STAGES)
+    await_phase(shared.k_full.index(slot), ring_phase(tile, call.K_STAGES))
+    await_turn(GROUP)
+    scores_token = _start_scores(call, shared, tile, GROUP)
+    acc_token = _multiply(a, b, c, shared.v.index(ring_slot(tile - 1, call.V_STAGES)), acc)
+    give_turn((GROUP + 1) % call.GROUPS)
+    scores = warpgroup_mma_wait(3, deps=(scores_token,))
     arrive_warp(shared.k_free.index(slot))
+    return scores, acc_token
+
+
+@gluon.jit
+def _finish(call, shared, acc_token, tile):
+    """Waits for the output.
+
+    The wait for V in front of it ends a basic block: what stands above, ptxas does not move behind the wait for the
+    product.
+    """
+    await_phase(shared.v_full.index(ring_slot(tile, DRIFT)), ring_phase(tile, DRIFT))
+    acc = warpgroup_mma_wait(0, deps=(acc_token,))
+    arrive_warp(shared.v_free.index(ring_slot(tile - 1, DRIFT)))
+    return acc
+
+
+@gluon.jit
+def _step_speculative(call, shared, visible, a, b, c, acc, reference, sums, tile, j, MASKED: gl.constexpr,
+                      GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+    """One tile. Exponentials are taken with the old reference before it is known whether a score has outgrown it."""
+    scores, acc_token = _issue(call, shared, a, b, c, acc, tile, GROUP)
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
-    following_reference = gl.maximum(reference, gl.max(scores, 1) * call.scale_log2)
-    if LAZY:
-        rises = any_row_of_warp(following_reference - reference > LAG)
-        following_reference = gl.where(rises > 0, following_reference, reference)
-    if FENCED:
-        following = operand
-        alpha = reference
-        if _opaque_one() > 0:  # a block of its own, out of which ptxas does not move the exponentials
-            following, alpha, sums = _soften(call, scores, following_reference, reference, sums, acc, DTYPE)
-    else:
-        following, alpha, sums = _soften(call, scores, following_reference, reference, sums, acc, DTYPE)
-    mbarrier.wait(shared.v_full.index(slot), ring_phase(tile, call.STAGES))
-    acc, operand, following = warpgroup_mma_wait(0, deps=(acc_token, operand, following))
-    arrive_warp(shared.v_free.index(before))
-    if LAZY:
-        if rises > 0:
-            acc = rescale(acc, alpha)
-    else:
+    shift = finite(reference)
+    first, second, last = _divide(scores, call.COLUMNS)
+    a, sums_a = soften(call, first, call.scale_log2, shift, acc, DTYPE)
+    acc = _finish(call, shared, acc_token, tile)
+    b, sums_b = soften(call, second, call.scale_log2, shift, acc, DTYPE)
+    c, sums_c = soften(call, last, call.scale_log2, shift, acc, DTYPE)
+    if outgrows(partial_maxima(scores, call.COLUMNS) * call.scale_log2, shift) > 0:
+        following = gl.maximum(reference, gl.max(scores, 1) * call.scale_log2)
+        shift = finite(following)
+        alpha = gl.exp2(reference - shift)
+        a, sums_a = soften(call, first, call.scale_log2, shift, acc, DTYPE)
+        b, sums_b = soften(call, second, call.scale_log2, shift, acc, DTYPE)
+        c, sums_c = soften(call, last, call.scale_log2, shift, acc, DTYPE)
         acc = rescale(acc, alpha)
-    return following, acc, following_reference, sums
+        sums = scale_sums(sums, alpha)
+        reference = following
+    return a, b, c, acc, reference, sums + (sums_a + sums_b + sums_c)
 
 
 @gluon.jit
-def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q: gl.constexpr, LAZY: gl.constexpr,
-                  FENCED: gl.constexpr):  # fmt: skip
+def _step_checked(call, shared, visible, a, b, c, acc, reference, sums, tile, j, MASKED: gl.constexpr,
+                  GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+    """One tile. The reference is brought up to date first: fewer registers than `_step_speculative`, a longer chain."""
+    scores, acc_token = _issue(call, shared, a, b, c, acc, tile, GROUP)
+    if MASKED:
+        scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
+    rises = outgrows(partial_maxima(scores, call.COLUMNS) * call.scale_log2, finite(reference))
+    following = reference
+    if rises > 0:
+        following = gl.maximum(reference, gl.max(scores, 1) * call.scale_log2)
+    shift = finite(following)
+    first, second, last = _divide(scores, call.COLUMNS)
+    a, sums_a = soften(call, first, call.scale_log2, shift, acc, DTYPE)
+    b, sums_b = soften(call, second, call.scale_log2, shift, acc, DTYPE)
+    c, sums_c = soften(call, last, call.scale_log2, shift, acc, DTYPE)
+    acc = _finish(call, shared, acc_token, tile)
+    if rises > 0:
+        alpha = gl.exp2(reference - shift)
+        acc = rescale(acc, alpha)
+        sums = scale_sums(sums, alpha)
+    return a, b, c, acc, following, sums + (sums_a + sums_b + sums_c)
+
+
+@gluon.jit
+def _step(call, shared, visible, a, b, c, acc, reference, sums, tile, j, MASKED: gl.constexpr, GROUP: gl.constexpr,
+          DTYPE: gl.constexpr, SPECULATIVE: gl.constexpr):  # fmt: skip
+    if SPECULATIVE:
+        return _step_speculative(call, shared, visible, a, b, c, acc, reference, sums, tile, j, MASKED, GROUP, DTYPE)
+    else:
+        return _step_checked(call, shared, visible, a, b, c, acc, reference, sums, tile, j, MASKED, GROUP, DTYPE)
+
+
+@gluon.jit
+def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q: gl.constexpr,
+                  SPECULATIVE: gl.constexpr):  # fmt: skip
     """One consumer warpgroup: 64 rows of every item."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.HEAD, 16])
     sequence = 0
     base = 0
-    turn = 0
     cleaned = 0
+    if GROUP == call.GROUPS - 1:
+        give_turn(0)
     while shared.receive_item(sequence) != 0:
         item = shared.read_item(sequence)
         first_row = item.row0 + GROUP * BLOCK_ROWS
@@ -97,48 +165,43 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q
         visible = item.visible_columns(call, rows)
         whole = item.visible_columns(call, first_row) // call.COLUMNS  # tiles that need no mask
 
-        slot = ring_slot(base, call.STAGES)
-        zeros = gl.full([BLOCK_ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
-        mbarrier.wait(shared.q_full.index(GROUP), sequence & 1)
-        mbarrier.wait(shared.k_full.index(slot), ring_phase(base, call.STAGES))
-        token = warpgroup_mma(shared.q.index(GROUP), shared.k.index(slot).permute((1, 0)), zeros, use_acc=False,
-                              is_async=True)  # fmt: skip
-        scores = warpgroup_mma_wait(0, deps=(token,))
+        slot = ring_slot(base, call.K_STAGES)
+        await_phase(shared.q_full.index(GROUP), sequence & 1)
+        await_phase(shared.k_full.index(slot), ring_phase(base, call.K_STAGES))
+        scores = warpgroup_mma_wait(0, deps=(_start_scores(call, shared, base, GROUP),))
         arrive_warp(shared.k_free.index(slot))
         if whole == 0:
             scores = hide_columns(scores, 0, visible, call.COLUMNS)
         acc = gl.full([BLOCK_ROWS, call.HEAD], 0.0, gl.float32, ACC)
-        nothing = first_maximum(item, rows)
-        reference = gl.maximum(nothing, gl.max(scores, 1) * call.scale_log2)
-        operand, _, sums = _soften(call, scores, reference, nothing, no_sums(call.COLUMNS), acc, DTYPE)
-        mbarrier.wait(shared.v_full.index(slot), ring_phase(base, call.STAGES))
+        reference = gl.maximum(first_maximum(item, rows), gl.max(scores, 1) * call.scale_log2)
+        shift = finite(reference)
+        first, second, last = _divide(scores, call.COLUMNS)
+        a, sums = soften(call, first, call.scale_log2, shift, acc, DTYPE)
+        b, sums_b = soften(call, second, call.scale_log2, shift, acc, DTYPE)
+        c, sums_c = soften(call, last, call.scale_log2, shift, acc, DTYPE)
+        sums = sums + sums_b + sums_c
+        await_phase(shared.v_full.index(ring_slot(base, DRIFT)), ring_phase(base, DRIFT))
 
         whole = gl.maximum(gl.minimum(whole, item.tiles), 1)
         for j in range(1, whole):
-            operand, acc, reference, sums = _step(
-                call, shared, item, visible, operand, acc, reference, sums, base + j, j, turn, False, GROUP, DTYPE,
-                LAZY, FENCED,
-            )  # fmt: skip
-            turn += 1
+            a, b, c, acc, reference, sums = _step(
+                call, shared, visible, a, b, c, acc, reference, sums, base + j, j, False, GROUP, DTYPE, SPECULATIVE
+            )
         for j in range(whole, item.tiles):
-            operand, acc, reference, sums = _step(
-                call, shared, item, visible, operand, acc, reference, sums, base + j, j, turn, True, GROUP, DTYPE,
-                LAZY, FENCED,
-            )  # fmt: skip
-            turn += 1
+            a, b, c, acc, reference, sums = _step(
+                call, shared, visible, a, b, c, acc, reference, sums, base + j, j, True, GROUP, DTYPE, SPECULATIVE
+            )
 
         if not O_IN_Q:
             arrive_warp(shared.q_free.index(GROUP))
-        last = base + item.tiles - 1
-        slot = ring_slot(last, call.STAGES)
-        cleaned = clean_values(call, shared, item, slot, cleaned, GROUP)
-        token = warpgroup_mma(operand, shared.v.index(slot), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(token,))
-        arrive_warp(shared.v_free.index(slot))
+        base += item.tiles
+        slot = ring_slot(base - 1, call.V_STAGES)
+        cleaned = clean_values(call, shared, item, base - 1, cleaned, GROUP)
+        acc = warpgroup_mma_wait(0, deps=(_multiply(a, b, c, shared.v.index(slot), acc),))
+        arrive_warp(shared.v_free.index(ring_slot(base - 1, DRIFT)))
 
         item = shared.read_item(sequence)
         store_output(call, shared, item, acc, reference, sums, DTYPE, GROUP, O_IN_Q)
-        add_counts(call, item, 0, existing_tiles(call, item, GROUP), GROUP)
+        count_all(call, item, GROUP)
         shared.release_item(sequence)
-        base += item.tiles
         sequence += 1

@@ -5,11 +5,12 @@ Slower than the others and complete: whatever the specialised kernels leave out 
 
 from hopper_common import (
     BLOCK_ROWS,
+    DRIFT,
     HAS_ADDITIVE_BIAS,
     HAS_BOOL_BIAS,
     HAS_COUNTS,
     arrive_warp,
-    ring_phase,
+    await_phase,
     ring_slot,
 )
 from hopper_skip import finish_scores, start_scores, use_tile
@@ -18,16 +19,18 @@ from hopper_softmax import (
     any_row,
     clean_values,
     first_maximum,
+    for_shares,
     hide_columns,
     joint_vote,
     no_sums,
+    partial_maxima,
+    post_vote,
     rows_layout,
     scores_layout,
     store_output,
 )
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 
@@ -75,34 +78,36 @@ def consume_general(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN
         acc = gl.full([BLOCK_ROWS, call.HEAD], 0.0, gl.float32, ACC)
         kept = 0
         exist = 0
-        mbarrier.wait(shared.q_full.index(GROUP), sequence & 1)
+        await_phase(shared.q_full.index(GROUP), sequence & 1)
         for j in range(item.tiles):
             tile = base + j
-            slot = ring_slot(tile, call.STAGES)
             scores = finish_scores(call, shared, start_scores(call, shared, tile, GROUP), tile)
             scores = _logits(call, item, scores, rows, visible, (item.first + j) * call.COLUMNS, DTYPE)
-            tile_maximum = gl.max(scores, 1)
-            keep = any_row(tile_maximum - m >= item.log2_threshold, GROUP)
+            maxima = partial_maxima(scores, call.COLUMNS)
+            keep = any_row(maxima - for_shares(m, maxima) >= item.log2_threshold, GROUP)
             if call.JOINT:
+                post_vote(shared, keep, 2 * tile, GROUP)
                 keep = joint_vote(shared, keep, 2 * tile, GROUP)
             if call.has(HAS_COUNTS):
-                sees = any_row((tile_maximum > float("-inf")) & (rows < item.q_end), GROUP)
+                exists = for_shares(rows, maxima) < item.q_end
+                sees = any_row((maxima > float("-inf")) & exists, GROUP)
                 if call.JOINT:
+                    post_vote(shared, sees, 2 * tile + 1, GROUP)
                     sees = joint_vote(shared, sees, 2 * tile + 1, GROUP)
                 exist += sees
-            mbarrier.wait(shared.v_full.index(slot), ring_phase(tile, call.STAGES))
             if j == item.tiles - 1:
-                cleaned = clean_values(call, shared, item, slot, cleaned, GROUP)
+                cleaned = clean_values(call, shared, item, tile, cleaned, GROUP)
             m, reference, sums, acc, kept = use_tile(
-                call, shared, scores, 1.0, tile_maximum, keep, m, reference, sums, acc, kept, slot, DTYPE
+                call, shared, scores, 1.0, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
             )
-            arrive_warp(shared.v_free.index(slot))
+            arrive_warp(shared.v_free.index(ring_slot(tile, DRIFT)))
 
         if not O_IN_Q:
             arrive_warp(shared.q_free.index(GROUP))
         item = shared.read_item(sequence)
         store_output(call, shared, item, acc, reference, sums, DTYPE, GROUP, O_IN_Q)
-        add_counts(call, item, exist - kept, exist, GROUP)
+        if call.has(HAS_COUNTS):
+            add_counts(call, item, exist - kept, exist, GROUP)
         shared.release_item(sequence)
         base += item.tiles
         sequence += 1

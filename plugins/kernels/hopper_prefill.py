@@ -1,6 +1,6 @@
 """The Hopper (sm_90a) prefill kernel: shared memory, barriers, and one warp role per partition."""
 
-from hopper_common import BLOCK_ROWS, VOTE_SLOTS, Call, Shared, produce
+from hopper_common import BLOCK_ROWS, DRIFT, Call, Shared, produce_keys, produce_values
 from hopper_dense import consume_dense
 from hopper_general import consume_general
 from hopper_skip import consume_plain, consume_skip
@@ -11,9 +11,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 @gluon.jit
 def _consume(call, shared, GROUP: gl.constexpr, SCHEDULE: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q: gl.constexpr,
-             LAZY: gl.constexpr, FENCED: gl.constexpr):  # fmt: skip
+             SPECULATIVE: gl.constexpr):  # fmt: skip
     if SCHEDULE == "dense":
-        consume_dense(call, shared, GROUP, DTYPE, O_IN_Q, LAZY, FENCED)
+        consume_dense(call, shared, GROUP, DTYPE, O_IN_Q, SPECULATIVE)
     elif SCHEDULE == "skip":
         consume_skip(call, shared, GROUP, DTYPE, O_IN_Q)
     elif SCHEDULE == "general":
@@ -36,16 +36,16 @@ def prefill(
     q, k, v, o, kv_lengths, q_start, q_lengths, threshold_scale, sinks, counts, lse, counter, given, heads_q, group,
     seq_q, seq_k, row_blocks, heads, section, scale_log2, threshold, threshold_factor, window, softcap_log2,
     softcap_rate, bias, bias_bool, bias_batch, bias_head, bias_row, bias_column,
-    DTYPE: gl.constexpr, HEAD: gl.constexpr, GROUPS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr,
-    SCHEDULE: gl.constexpr, CAUSAL: gl.constexpr, JOINT: gl.constexpr, O_IN_Q: gl.constexpr,
-    LAZY: gl.constexpr, FENCED: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    DTYPE: gl.constexpr, HEAD: gl.constexpr, GROUPS: gl.constexpr, COLUMNS: gl.constexpr, K_STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr, SCHEDULE: gl.constexpr, CAUSAL: gl.constexpr, JOINT: gl.constexpr, O_IN_Q: gl.constexpr,
+    SPECULATIVE: gl.constexpr, ON_DEMAND: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     call = Call(
         q, k, v, o, kv_lengths, q_start, q_lengths, threshold_scale, sinks, counts, lse, counter, given, heads_q, group,
         seq_q, seq_k, row_blocks, heads, section, scale_log2, threshold, threshold_factor, window, softcap_log2,
         softcap_rate, bias, bias_bool, bias_batch, bias_head, bias_row, bias_column,
-        gl.constexpr(GROUPS), gl.constexpr(COLUMNS), gl.constexpr(HEAD), gl.constexpr(STAGES), gl.constexpr(CAUSAL),
-        gl.constexpr(SCHEDULE == "general"), gl.constexpr(JOINT),
+        gl.constexpr(GROUPS), gl.constexpr(COLUMNS), gl.constexpr(HEAD), gl.constexpr(K_STAGES), gl.constexpr(V_STAGES),
+        gl.constexpr(CAUSAL), gl.constexpr(SCHEDULE == "general"), gl.constexpr(JOINT), gl.constexpr(ON_DEMAND),
     )  # fmt: skip
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     WARPS: gl.constexpr = 4  # of a warpgroup
@@ -57,26 +57,28 @@ def prefill(
         o_tiles = gl.allocate_shared_memory(DTYPE, [GROUPS, BLOCK_ROWS, HEAD], LAYOUT)
     shared = Shared(
         q_tiles,
-        gl.allocate_shared_memory(DTYPE, [STAGES, COLUMNS, HEAD], LAYOUT),
-        gl.allocate_shared_memory(DTYPE, [STAGES, COLUMNS, HEAD], LAYOUT),
+        gl.allocate_shared_memory(DTYPE, [K_STAGES, COLUMNS, HEAD], LAYOUT),
+        gl.allocate_shared_memory(DTYPE, [V_STAGES, COLUMNS, HEAD], LAYOUT),
         o_tiles,
         gl.allocate_shared_memory(gl.int32, [2, 16], WORDS),
-        gl.allocate_shared_memory(gl.int32, [GROUPS * VOTE_SLOTS, 1], WORDS),
-        _barriers(GROUPS, 1), _barriers(GROUPS, WARPS), _barriers(STAGES, 1), _barriers(STAGES, GROUPS * WARPS),
-        _barriers(STAGES, 1), _barriers(STAGES, GROUPS * WARPS), _barriers(2, WARPS), _barriers(2, 1),
-        _barriers(2, GROUPS * WARPS), _barriers(GROUPS, WARPS), _barriers(GROUPS * VOTE_SLOTS, 1),
+        gl.allocate_shared_memory(gl.int32, [GROUPS * DRIFT, 1], WORDS),
+        _barriers(GROUPS, 1), _barriers(GROUPS, WARPS), _barriers(K_STAGES, 1), _barriers(K_STAGES, GROUPS * WARPS + 1),
+        _barriers(DRIFT, 1), _barriers(DRIFT, GROUPS * WARPS), _barriers(2, WARPS), _barriers(2, 1),
+        _barriers(2, GROUPS * WARPS + 1), _barriers(GROUPS * DRIFT, 1),
     )  # fmt: skip
     fence_async_shared()
     if GROUPS == 2:
         gl.warp_specialize([
-            (_consume, (call, shared, 0, SCHEDULE, DTYPE, O_IN_Q, LAZY, FENCED)),
-            (_consume, (call, shared, 1, SCHEDULE, DTYPE, O_IN_Q, LAZY, FENCED)),
-            (produce, (call, shared)),
-        ], [4, 4], [CONSUMER_REGISTERS, 24])  # fmt: skip
+            (_consume, (call, shared, 0, SCHEDULE, DTYPE, O_IN_Q, SPECULATIVE)),
+            (_consume, (call, shared, 1, SCHEDULE, DTYPE, O_IN_Q, SPECULATIVE)),
+            (produce_keys, (call, shared)),
+            (produce_values, (call, shared)),
+        ], [4, 1, 1], [CONSUMER_REGISTERS, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (call, shared, 0, SCHEDULE, DTYPE, O_IN_Q, LAZY, FENCED)),
-            (_consume, (call, shared, 1, SCHEDULE, DTYPE, O_IN_Q, LAZY, FENCED)),
-            (_consume, (call, shared, 2, SCHEDULE, DTYPE, O_IN_Q, LAZY, FENCED)),
-            (produce, (call, shared)),
-        ], [4, 4, 4], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 24])  # fmt: skip
+            (_consume, (call, shared, 0, SCHEDULE, DTYPE, O_IN_Q, SPECULATIVE)),
+            (_consume, (call, shared, 1, SCHEDULE, DTYPE, O_IN_Q, SPECULATIVE)),
+            (_consume, (call, shared, 2, SCHEDULE, DTYPE, O_IN_Q, SPECULATIVE)),
+            (produce_keys, (call, shared)),
+            (produce_values, (call, shared)),
+        ], [4, 4, 1, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 24, 24])  # fmt: skip

@@ -11,19 +11,20 @@ and what is multiplied with V carry the same factor, so nothing but rounding cha
 from hopper_common import (
     BLOCK_ROWS,
     COUNTS_128_ROWS,
+    DRIFT,
     HAS_COUNTS,
     HAS_LSE,
     HAS_SINKS,
     NEVER_VOTES,
     TILE_COLUMNS,
-    VOTE_SLOTS,
     arrive_warp,
+    await_phase,
     ring_phase,
     ring_slot,
 )
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 LAG = gl.constexpr(8.0)  # log2 units a reference may lag behind: probabilities stay below 2**8, fit for float16
 VOTE_BARRIER = gl.constexpr(8)  # first named barrier of the votes, above those Triton uses
@@ -50,40 +51,49 @@ def _vote_asm(barrier):
 
 @gluon.jit
 def any_row(wants, GROUP: gl.constexpr):
-    """1 if `wants` (bool per row) holds for some row of this warpgroup, else 0: one hardware barrier with a vote."""
+    """1 if `wants` (two bools a thread) holds anywhere in this warpgroup, else 0: one hardware barrier with a vote."""
     ASM: gl.constexpr = _vote_asm(VOTE_BARRIER + GROUP)
     return gl.inline_asm(ASM, ("=r", "r"), [wants.to(gl.int32)], gl.int32, is_pure=False)
 
 
 @gluon.jit
-def joint_vote(shared, own, tile, GROUP: gl.constexpr):
-    """Joins the votes of two warpgroups that share a row block, so that it is kept if either wants it.
-
-    The own vote is published and, where it already says keep, nothing is waited for: the warpgroups fall into step only
-    at tiles that are about to be skipped, where there is no work to stagger.
-    """
-    slot = ring_slot(tile, VOTE_SLOTS)
+def post_vote(shared, vote, tile, GROUP: gl.constexpr):
+    """Publishes this warpgroup's vote on a tile, for the other one and for the producer of V."""
+    place = GROUP * DRIFT + ring_slot(tile, DRIFT)
     gl.inline_asm(
         "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %tid.x; and.b32 lane, lane, 127;"
         " setp.eq.u32 first, lane, 0; @first st.shared.b32 [$0], $1;"
         " @first mbarrier.arrive.shared::cta.b64 _, [$2]; }",
-        ("r", "r", "r"),
-        [shared.votes.index(GROUP * VOTE_SLOTS + slot), own, shared.voted.index(GROUP * VOTE_SLOTS + slot)],
-        (), is_pure=False,
+        ("r", "r", "r"), [shared.votes.index(place), vote, shared.voted.index(place)], (), is_pure=False,
     )  # fmt: skip
+
+
+@gluon.jit
+def joint_vote(shared, own, tile, GROUP: gl.constexpr):
+    """Joins the posted votes of two warpgroups that share a row block, so that it is kept if either wants it.
+
+    Where the own vote says keep, nothing is waited for: the warpgroups fall into step only at tiles that are about to
+    be skipped, where there is no work to stagger.
+    """
     keep = own
     if own == 0:
-        other = (1 - GROUP) * VOTE_SLOTS + slot
-        mbarrier.wait(shared.voted.index(other), ring_phase(tile, VOTE_SLOTS))
+        other = (1 - GROUP) * DRIFT + ring_slot(tile, DRIFT)
+        await_phase(shared.voted.index(other), ring_phase(tile, DRIFT))
         keep = gl.inline_asm("ld.shared.b32 $0, [$1];", ("=r", "r"), [shared.votes.index(other)], gl.int32,
                              is_pure=False)  # fmt: skip
     return keep
 
 
 @gluon.jit
-def decide(call, shared, tile_maximum, m, log2_threshold, tile, GROUP: gl.constexpr):
-    """1 if the tile is kept. `tile` counts every tile of the CTA, so that a vote slot is not reused too early."""
-    keep = any_row(tile_maximum - m >= log2_threshold, GROUP)
+def decide(call, shared, maxima, m, log2_threshold, tile, GROUP: gl.constexpr):
+    """1 if the tile is kept. `tile` counts every tile of the CTA, so that a vote slot is not reused too early.
+
+    Some column of a row reaches the threshold if and only if some thread's share of the row does, so the vote needs
+    `partial_maxima` only: what threads exchange for the row's maximum is not waited for.
+    """
+    keep = any_row(maxima - for_shares(m, maxima) >= log2_threshold, GROUP)
+    if call.JOINT or call.ON_DEMAND:
+        post_vote(shared, keep, tile, GROUP)
     if call.JOINT:
         keep = joint_vote(shared, keep, tile, GROUP)
     return keep
@@ -96,13 +106,26 @@ def partial_sums(p, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
+def partial_maxima(scores, COLUMNS: gl.constexpr):
+    """Row maxima over the columns a thread holds, as `partial_sums`: no thread waits for another."""
+    return gl.max(gl.max(gl.reshape(scores, [BLOCK_ROWS, COLUMNS // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def halves(x, LAYOUT: gl.constexpr):
+    """The two halves of the columns; no data moves."""
+    first, second = gl.split(gl.permute(gl.reshape(x, [BLOCK_ROWS, 2, x.shape[1] // 2]), (0, 2, 1)))
+    return gl.convert_layout(first, LAYOUT, assert_trivial=True), gl.convert_layout(second, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
 def no_sums(COLUMNS: gl.constexpr):
     return partial_sums(gl.full([BLOCK_ROWS, COLUMNS], 0.0, gl.float32, scores_layout(COLUMNS)), COLUMNS)
 
 
 @gluon.jit
 def any_row_of_warp(wants):
-    """1 if `wants` (bool per row) holds for some row of this warp, else 0."""
+    """1 if `wants` (two bools a thread) holds anywhere in this warp, else 0."""
     return gl.inline_asm(
         "{ .reg .pred wanted; .reg .b32 any; or.b32 any, $1, $2; setp.ne.b32 wanted, any, 0;"
         " vote.sync.any.pred wanted, wanted, 0xffffffff; selp.s32 $0, 1, 0, wanted; }",
@@ -111,16 +134,28 @@ def any_row_of_warp(wants):
 
 
 @gluon.jit
-def probabilities(scores, scale, reference):
-    """2 ** (scores - reference), and what the reference counts as for rows that have seen nothing yet."""
-    shift = gl.where(reference == float("-inf"), 0.0, reference)  # -inf - -inf would be NaN
-    return gl.exp2(scores * scale - shift[:, None]), shift
+def finite(reference):
+    """What a reference counts as in exponents: 0 for rows that have seen nothing yet, because -inf - -inf is NaN."""
+    return gl.where(reference == float("-inf"), 0.0, reference)
+
+
+@gluon.jit
+def soften(call, scores, scale, shift, acc, DTYPE: gl.constexpr):
+    """`(operand, sums)` of some columns: 2 ** (scores - shift) for the product with V, and its row sums."""
+    p = gl.exp2(scores * scale - gl.convert_layout(shift, gl.SliceLayout(1, scores.type.layout))[:, None])
+    SUMS: gl.constexpr = no_sums(call.COLUMNS).type.layout
+    return as_operand(p, acc, DTYPE), gl.convert_layout(partial_sums(p, p.shape[1]), SUMS, assert_trivial=True)
+
+
+@gluon.jit
+def for_shares(row, shares):
+    """A value per row beside `shares`: `[rows, 4]`, one per thread of a quad."""
+    return gl.convert_layout(row, gl.SliceLayout(1, shares.type.layout))[:, None]
 
 
 @gluon.jit
 def scale_sums(sums, alpha):
-    SUMS: gl.constexpr = sums.type.layout
-    return sums * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None]
+    return sums * for_shares(alpha, sums)
 
 
 @gluon.jit
@@ -130,16 +165,9 @@ def rescale(acc, alpha):
 
 
 @gluon.jit
-def exponentials(scores, scale, reference, m, sums, acc, COLUMNS: gl.constexpr):
-    """One online-softmax update with the running maximum `m`: `(p, reference, sums, acc)`."""
-    if any_row_of_warp(m - reference > LAG) > 0:
-        shift = gl.where(m == float("-inf"), 0.0, m)
-        alpha = gl.exp2(reference - shift)
-        sums = scale_sums(sums, alpha)
-        acc = rescale(acc, alpha)
-        reference = m
-    p, _ = probabilities(scores, scale, reference)
-    return p, reference, sums + partial_sums(p, COLUMNS), acc
+def outgrows(maxima, reference):
+    """1 if some score of the warp is LAG beyond its row's reference."""
+    return any_row_of_warp(maxima > for_shares(reference + LAG, maxima))
 
 
 @gluon.jit
@@ -151,9 +179,14 @@ def as_operand(p, acc, DTYPE: gl.constexpr):
 
 @gluon.jit
 def hide_columns(scores, column0, visible, COLUMNS: gl.constexpr):
-    """-inf where the column is not below the row's number of visible columns."""
-    columns = column0 + gl.arange(0, COLUMNS, gl.SliceLayout(0, scores_layout(COLUMNS)))
-    return gl.where(columns[None, :] < visible[:, None], scores, float("-inf"))
+    """-inf where the column is not below the row's number of visible columns.
+
+    A thread's columns are 2 * (lane % 4) plus what only the register says: with the lane's part moved to the other
+    side, every comparison is with a constant.
+    """
+    columns = gl.arange(0, COLUMNS, gl.SliceLayout(0, scores_layout(COLUMNS)))
+    limit = (visible - column0)[:, None] - (columns & 6)[None, :]
+    return gl.where((columns & ~6)[None, :] < limit, scores, float("-inf"))
 
 
 @gluon.jit
@@ -163,8 +196,8 @@ def first_maximum(item, rows):
 
 
 @gluon.jit
-def clean_values(call, shared, item, slot, cleaned, GROUP: gl.constexpr):
-    """Zeroes V of keys beyond kv_lengths in the item's last tile: they may hold NaN, and 0 * NaN is NaN.
+def clean_values(call, shared, item, tile, cleaned, GROUP: gl.constexpr):
+    """Zeroes V of keys beyond kv_lengths in `tile`, the item's last: they may hold NaN, and 0 * NaN is NaN.
 
     The first warpgroup does it, the others wait. It may be an item ahead of them (items of one tile), hence two
     barriers in turn. Returns the number of cleanings so far, from which barrier and phase follow.
@@ -172,6 +205,8 @@ def clean_values(call, shared, item, slot, cleaned, GROUP: gl.constexpr):
     end = item.kv_end - (item.first + item.tiles - 1) * call.COLUMNS
     if end < call.COLUMNS and item.kv_end < call.seq_k:
         if GROUP == 0:
+            slot = ring_slot(tile, call.V_STAGES)
+            await_phase(shared.v_full.index(ring_slot(tile, DRIFT)), ring_phase(tile, DRIFT))
             CHUNK: gl.constexpr = 16
             LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
             rows = gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT))
@@ -182,7 +217,7 @@ def clean_values(call, shared, item, slot, cleaned, GROUP: gl.constexpr):
                     part.store(gl.where((c * CHUNK + rows < end)[:, None], value, 0.0))
             fence_async_shared()
             arrive_warp(shared.v_clean.index(ring_slot(cleaned, 2)))
-        mbarrier.wait(shared.v_clean.index(ring_slot(cleaned, 2)), ring_phase(cleaned, 2))
+        await_phase(shared.v_clean.index(ring_slot(cleaned, 2)), ring_phase(cleaned, 2))
         cleaned += 1
     return cleaned
 
@@ -205,9 +240,12 @@ def store_output(
         sink = gl.load(call.sinks + item.head).to(gl.float32) * 1.4426950408889634
         weight = total + gl.exp2(sink - reference)
     weight = gl.where((total > 0) & (rows < item.q_end), 1.0 / weight, 0.0)
+    empty = any_row_of_warp(weight == 0.0)
     weight = gl.convert_layout(weight, ROWS)[:, None]
-    # a row without weight is zero whatever a NaN in V made of its sum
-    out = gl.where(weight == 0.0, 0.0, acc * weight).to(DTYPE)
+    acc = acc * weight
+    if empty > 0:  # a row without weight is zero whatever a NaN in V made of its sum
+        acc = gl.where(weight == 0.0, 0.0, acc)
+    out = acc.to(DTYPE)
     if O_IN_Q:
         stage = shared.q.index(GROUP)
     else:
@@ -236,7 +274,21 @@ def existing_tiles(call, item, GROUP: gl.constexpr):
 
 @gluon.jit
 def add_counts(call, item, skipped, exist, GROUP: gl.constexpr):
+    write = (exist > 0) & ((not call.JOINT) or GROUP == 0)
+    gl.atomic_add(call.counts + item.head * 2, skipped, mask=write, sem="relaxed")
+    gl.atomic_add(call.counts + item.head * 2 + 1, exist, mask=write, sem="relaxed")
+
+
+@gluon.jit
+def count_kept(call, item, kept, GROUP: gl.constexpr):
+    """Adds an item's tiles to the counts, if they are asked for."""
     if call.has(HAS_COUNTS):
-        write = (exist > 0) & ((not call.JOINT) or GROUP == 0)
-        gl.atomic_add(call.counts + item.head * 2, skipped, mask=write, sem="relaxed")
-        gl.atomic_add(call.counts + item.head * 2 + 1, exist, mask=write, sem="relaxed")
+        exist = existing_tiles(call, item, GROUP)
+        add_counts(call, item, exist - kept, exist, GROUP)
+
+
+@gluon.jit
+def count_all(call, item, GROUP: gl.constexpr):
+    """The same where no tile is skipped."""
+    if call.has(HAS_COUNTS):
+        add_counts(call, item, 0, existing_tiles(call, item, GROUP), GROUP)

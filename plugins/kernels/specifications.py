@@ -11,9 +11,9 @@ from dataclasses import dataclass
 DTYPES = ("fp16", "bf16")
 HEADS = (64, 128, 256)
 ACCEPTED_SPILLS = {
-    ("dense", 64): 640, ("skip", 64): 96, ("general", 64): 2560,
-    ("dense", 128): 96, ("skip", 128): 160, ("general", 128): 3328,
-    ("dense", 256): 224, ("skip", 256): 320, ("general", 256): 7168,
+    ("dense", 64): 160, ("skip", 64): 32, ("general", 64): 2560,
+    ("dense", 128): 32, ("skip", 128): 128, ("general", 128): 3328,
+    ("dense", 256): 64, ("skip", 256): 128, ("general", 256): 8192,
 }  # fmt: skip
 """Bytes a thread may spill, by role and head size; what the build last reported and a little more."""
 
@@ -30,12 +30,13 @@ class Specialisation:
         joint: decides 128 rows (two warpgroups together) instead of 64.
         groups: consumer warpgroups of 64 query rows each.
         columns: key columns of a loaded tile.
-        stages: tiles of K and of V in flight, a power of two.
+        key_stages: tiles of K in flight.
+        value_stages: tiles of V in flight.
         registers: registers a thread of a consumer may use.
         spills: bytes of spilled registers that are accepted; more fails the build.
         output_in_q: the output is staged in Q's shared memory, where there is no room of its own for it.
-        lazy: the dense schedule multiplies its output only where a maximum rises (the others always do so).
-        fenced: the dense schedule's exponentials form a block of their own.
+        speculative: the dense schedule takes exponentials before it checks their reference.
+        on_demand: while few tiles are kept, V is loaded only once a tile is.
     """
 
     dtype: str
@@ -45,12 +46,13 @@ class Specialisation:
     joint: bool
     groups: int
     columns: int
-    stages: int
+    key_stages: int
+    value_stages: int
     registers: int
     spills: int
     output_in_q: bool
-    lazy: bool
-    fenced: bool
+    speculative: bool
+    on_demand: bool
 
     @property
     def name(self) -> str:
@@ -64,20 +66,21 @@ class Specialisation:
 
 def _specialise(dtype: str, head: int, role: str, causal: bool, joint: bool) -> Specialisation:
     """`role` is what the kernel is chosen for: "dense", "skip" or "general"."""
-    groups, columns, stages, registers, schedule = 2, 128, 2, 240, role
-    if head == 64 and role != "general":
-        stages = 4
+    groups, columns, keys, values, registers, schedule = 2, 128, 3, 2, 240, role
+    if head == 64:
+        keys, values = (2, 2) if role == "general" else (4, 4)
         if role == "dense":
             groups, registers = 3, 160
     if head == 256:
-        stages = 1
+        keys, values = 1, 1
         if role == "dense":
-            columns, stages = 64, 2
+            columns, keys, values = 64, 2, 2
         if role == "skip":
             schedule = "plain"
     return Specialisation(
-        dtype, head, schedule, causal, joint, groups, columns, stages, registers, ACCEPTED_SPILLS[role, head],
-        output_in_q=head == 256, lazy=head != 128, fenced=head == 256 and causal,
+        dtype, head, schedule, causal, joint, groups, columns, keys, values, registers, ACCEPTED_SPILLS[role, head],
+        output_in_q=head == 256, speculative=head == 128,
+        on_demand=role == "skip" and head == 128 and causal,
     )  # fmt: skip
 
 

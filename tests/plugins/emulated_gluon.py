@@ -18,10 +18,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from emulated_machine import Barrier, EmulationError, Machine
+from emulated_machine import Barrier, EmulationError, Machine, NamedBarrier
 
 KERNELS = Path(__file__).resolve().parents[2] / "plugins" / "kernels"
-WARPS = 4
 MACHINE: list[Machine] = []
 
 
@@ -110,7 +109,9 @@ def _warpgroup_mma(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: 
     def compute() -> torch.Tensor:
         left = a.memory if isinstance(a, Shared) else a
         product = left.float() @ b.memory.float()
-        return acc + product if use_acc else product
+        if not use_acc:
+            return product
+        return (acc.result if isinstance(acc, Token) else acc) + product  # products end in the order of their issue
 
     assert is_async
     token = Token(compute)
@@ -134,6 +135,13 @@ def _warpgroup_mma_wait(outstanding: int, deps: tuple[Any, ...]) -> Any:
 def _wait(barrier: Barrier, parity: Any) -> None:
     parity = int(parity)
     MACHINE[0].wait_until(lambda: barrier.done(parity))
+
+
+def _named_barrier(what: str, number: str) -> None:
+    barrier = MACHINE[0].named.setdefault((MACHINE[0].local.program, number), NamedBarrier())
+    generation = barrier.arrive()
+    if what == "sync":
+        MACHINE[0].wait_until(lambda: barrier.generation > generation)
 
 
 def _async_load(desc: Descriptor, coordinates: list[Any], barrier: Barrier, target: Shared) -> None:
@@ -174,10 +182,12 @@ def _inline_asm(asm: str, constraints: Any, args: list[Any], result_types: Any, 
     assert not is_pure
     if "red.or.pred" in asm or "vote.sync.any" in asm:  # the one thread here stands for all 128, of all warps
         return tile(int(bool((args[0] != 0).any())))
-    if asm == "mov.u32 $0, 1;":
-        return tile(1)
     if "bar.warp.sync" in asm:
-        return args[0].arrive(WARPS)
+        return args[0].arrive(MACHINE[0].local.warps)
+    if "mbarrier.try_wait" in asm:
+        return _wait(*args)
+    if found := re.match(r"barrier\.cta\.(sync|arrive) (\d+), 256;", asm):
+        return _named_barrier(*found.groups())
     kinds = result_types if isinstance(result_types, tuple) else (result_types,)  # () where there is no result
     results: list[Any] = [None] * len(kinds)
 
@@ -247,8 +257,9 @@ def _allocate_mbarrier(batch: int) -> Barriers:
 def _warp_specialize(
     roles: list[tuple[Callable[..., Any], tuple[Any, ...]]], warps: list[int], registers: list[int]
 ) -> None:
-    assert len(warps) == len(registers) == len(roles) - 1
-    MACHINE[0].local.roles.extend(functools.partial(function, *arguments) for function, arguments in roles)
+    assert len(warps) == len(registers)
+    for (function, arguments), count in zip(roles, [4, *warps], strict=True):
+        MACHINE[0].local.roles.append((count, functools.partial(function, *arguments)))
 
 
 def _aggregate(cls: type) -> type:
@@ -280,8 +291,9 @@ def _language(program: Callable[[], int], programs: Callable[[], int]) -> types.
         exp2=lambda x: tile(torch.exp2(x)), log2=lambda x: tile(torch.log2(x)),
         arange=lambda start, end, layout=None: tile(torch.arange(start, end, dtype=torch.int32)),
         full=lambda shape, value, dtype, layout: tile(torch.full(shape, value, dtype=dtype)),
-        convert_layout=lambda x, layout: x, inline_asm=_inline_asm, allocate_shared_memory=_allocate,
-        warp_specialize=_warp_specialize,
+        permute=lambda x, order: x.permute(order), split=lambda x: x.unbind(-1),
+        convert_layout=lambda x, layout, assert_trivial=False: x, inline_asm=_inline_asm,
+        allocate_shared_memory=_allocate, warp_specialize=_warp_specialize,
     )  # fmt: skip
     return gl
 

@@ -50,6 +50,21 @@ class Barrier:
             self.pending = self.arrivals
 
 
+class NamedBarrier:
+    """A barrier of the instruction `barrier`, for two warpgroups: its generation ends when both are counted."""
+
+    def __init__(self) -> None:
+        self.counted = self.generation = 0
+
+    def arrive(self) -> int:
+        """Counts a warpgroup; returns the generation it belongs to."""
+        mine = self.generation
+        self.counted += 1
+        if self.counted == 2:
+            self.counted, self.generation = 0, mine + 1
+        return mine
+
+
 class Machine:
     """Runs threads one at a time; `copies` are what the copy engine still has to do."""
 
@@ -57,6 +72,7 @@ class Machine:
         self.random = random.Random(seed)
         self.copies: list[Callable[[], None]] = []
         self.local = threading.local()
+        self.named: dict[tuple[int, str], NamedBarrier] = {}  # by program and number
         self._blocked: dict[int, Callable[[], bool] | None] = {}
         self._batons: dict[int, threading.Semaphore] = {}
         self._failure: BaseException | None = None

