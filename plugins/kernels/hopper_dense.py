@@ -37,6 +37,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 
+# Reference of a row that has seen nothing but -inf: whatever comes outgrows it. `finite` is redundant in the steps since,
+# and stays until a kernel without it has been timed: ptxas would schedule the loops anew.
+UNSEEN = gl.constexpr(-1e30)
+
+
 @gluon.jit
 def _divide(scores, COLUMNS: gl.constexpr):
     """The scores of a tile as two quarters and a half."""
@@ -174,6 +179,7 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q
             scores = hide_columns(scores, 0, visible, call.COLUMNS)
         acc = gl.full([BLOCK_ROWS, call.HEAD], 0.0, gl.float32, ACC)
         reference = gl.maximum(first_maximum(item, rows), gl.max(scores, 1) * call.scale_log2)
+        reference = gl.maximum(reference, UNSEEN)
         shift = finite(reference)
         first, second, last = _divide(scores, call.COLUMNS)
         a, sums = soften(call, first, call.scale_log2, shift, acc, DTYPE)

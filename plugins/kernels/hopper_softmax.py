@@ -166,7 +166,7 @@ def rescale(acc, alpha):
 
 @gluon.jit
 def outgrows(maxima, reference):
-    """1 if some score of the warp is LAG beyond its row's reference."""
+    """1 if some score of the warp is LAG beyond its row's reference; of -inf, which has seen nothing, all are."""
     return any_row_of_warp(maxima > for_shares(reference + LAG, maxima))
 
 

@@ -63,6 +63,23 @@ def test_maxima_that_rise_in_every_tile(prefill: Emulation, size: int, lam: floa
     check(prefill, *rising(1, 2, 150, 520, size, device="cpu"), threshold=lam, br=64)
 
 
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("lam", [0.0, THRESHOLD])
+@pytest.mark.parametrize("rise", [0.0, 4.0])
+def test_a_first_tile_of_minus_infinity(prefill: Emulation, size: int, lam: float, rise: float) -> None:
+    """Nothing has been seen after it, so the next tile's exponents must not be relative to something it left behind."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, n, size, generator=generator) for n in (150, 520, 520))
+    q[..., 0] = 1.0
+    k[:, :, :128, 0] = -math.inf
+    k[:, :, 384:, 0] += rise * math.sqrt(size)
+    q, k, v = q.half(), k.half(), v.half()
+    out, _, lse = prefill.run(q, k, v, threshold=lam, br=64)
+    scores = (q.float() @ k.float().mT) / math.sqrt(size)
+    assert (lse - torch.logsumexp(scores, -1)).abs().max() < 1e-2
+    assert (out.float() - scores.softmax(-1) @ v.float()).abs().max() < 2e-2
+
+
 @pytest.mark.parametrize("br", [64, 128])
 @pytest.mark.parametrize("what", ["window", "softcap", "additive", "boolean", "all"])
 def test_general(prefill: Emulation, what: str, br: int) -> None:
