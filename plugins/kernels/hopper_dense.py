@@ -36,8 +36,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-# Reference of a row that has seen nothing but -inf: whatever comes outgrows it. `finite` is redundant in the steps since,
-# and stays until a kernel without it has been timed: ptxas would schedule the loops anew.
+# Reference of a row that has seen nothing but -inf: whatever comes outgrows it. `finite` is redundant in the steps
+# since, and stays until a kernel without it has been timed: ptxas would schedule the loops anew.
 UNSEEN = gl.constexpr(-1e30)
 
 
