@@ -2,8 +2,8 @@
 
 A CTA is persistent. One producer warp takes work items (one batch entry, one query head, one block of query rows) from
 a counter in device memory, describes each to the others and streams Q and K through shared memory with the copy engine
-(TMA); a second one streams V; each consumer warpgroup owns 64 query rows. Barriers live across
-items, so the loads of the next item overlap the last products and the epilogue of the current one.
+(TMA); a second one streams V; each consumer warpgroup owns 64 query rows. Barriers live across items, so the loads of
+the next item overlap the last products and the epilogue of the current one.
 """
 
 from triton.experimental import gluon
@@ -128,7 +128,7 @@ class Call:
     GROUPS: gl.constexpr  # consumer warpgroups
     COLUMNS: gl.constexpr  # key columns of a loaded tile
     HEAD: gl.constexpr  # head size in shared memory; narrower heads are zero-filled by the copy engine
-    K_STAGES: gl.constexpr
+    K_STAGES: gl.constexpr  # tiles of K in shared memory
     V_STAGES: gl.constexpr
     CAUSAL: gl.constexpr
     GENERAL: gl.constexpr  # window, softcap and bias are possible, and causality is asked for at run time
@@ -347,7 +347,7 @@ def produce_values(call, shared):
     a slot of K.
 
     ON_DEMAND, while few tiles are kept, V is loaded only when a warpgroup has voted to keep the tile: causal row blocks
-    walk through K and V at different places, and what they all read exceeds what L2 delivers. While many tiles are
+    walk through K and V at different places, and all of it seems to be more than L2 delivers. While many tiles are
     kept, V is loaded early, for the latency. A tile that is not loaded completes its phase all the same, and no result
     changes.
     """

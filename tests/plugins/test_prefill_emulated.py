@@ -57,6 +57,17 @@ def test_ragged(prefill: Emulation, size: int, causal: bool, br: int, lam: float
         assert kernel.startswith("sm80") or ("dense" in kernel) == (lam == 0)
 
 
+@pytest.mark.parametrize("br", [64, 128])
+def test_long_runs_of_skipped_tiles(prefill: Emulation, br: int) -> None:
+    """Hopper's causal kernel of head size 128 then loads V only of tiles that are kept, and later early again."""
+    q, k, v = inputs(1, 1, 1, 130, 60 * 128, 128, keep=0.0, split=0)
+    k[:, :, 50 * 128 :] = inputs(1, 1, 1, 130, 10 * 128, 128, keep=1.0, split=0)[1]
+    k[:, :, 40 * 128 : 41 * 128] = k[:, :, :128]  # kept, within the run
+    counts = check(prefill, q, k, v, threshold=THRESHOLD, br=br, is_causal=True)[1]
+    skipped, exist = counts.sum(0).tolist()
+    assert 0.7 < skipped / exist < 0.9
+
+
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("lam", [0.0, THRESHOLD])
 def test_maxima_that_rise_in_every_tile(prefill: Emulation, size: int, lam: float) -> None:
