@@ -15,10 +15,11 @@ from export.engine.load import load_engine
 from export.engine.run import EngineRunner
 from sparse_attention.errors import MissingError, UsageError
 
-RELATIVE_ERROR = {torch.float32: 2e-2, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+RELATIVE_ERROR = {torch.float32: 2e-2, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 """Allowed |difference| over the largest |value| of an output, by the output's dtype. Not measured on TensorRT yet.
-Between PyTorch and ONNX Runtime on a CPU, SmolLM2 in float16 on 448 tokens and a decode step, it is 7.5e-3 at most, and
-1 of 2700 tiles is decided otherwise.
+Between PyTorch and ONNX Runtime on a CPU in float16, SmolLM2 on 448 tokens and a decode step is 7.5e-3 apart at most,
+and 1 of its 2700 tiles is decided otherwise; a Llama of two small layers is 7e-4 apart where all tiles are decided
+alike, and 2.03e-2 where 1 of 1368 is not, which depends on the CPU.
 
 In half precision one tile decided otherwise changes all that follows, so this tells a broken engine from a working one;
 whether each layer is right is judged layer by layer (by a check of the .onnx, and by the plugin's host on a GPU).
