@@ -73,6 +73,17 @@ def test_skip(dtype: torch.dtype, size: int, causal: bool, br: int) -> None:
         check(q, k, v, is_causal=causal, threshold=THRESHOLD, br=br, must_skip=columns >= 511)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("br", [64, 128])
+@pytest.mark.parametrize("keep", [0.02, 0.2])
+def test_long_runs_of_skipped_tiles(causal: bool, br: int, keep: float) -> None:
+    """Hopper's causal kernel of head size 128 then loads V only of tiles that are kept; at 0.2 it goes to and fro."""
+    q, k, v = planted(1, 8, 4, 2000, 16384, 128, keep=keep)
+    skipped, exist = run(q, k, v, threshold=THRESHOLD, br=br, is_causal=causal)[1].sum(0).tolist()
+    assert skipped > 0.5 * exist
+    check(q, k, v, threshold=THRESHOLD, br=br, is_causal=causal)
+
+
 @pytest.mark.parametrize("br", [64, 128])
 def test_half_of_the_rows_want_what_the_others_skip(br: int) -> None:
     q, k, v = planted(1, 1, 1, 1024, 2048, 128, keep=0.3)
