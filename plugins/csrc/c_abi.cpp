@@ -2,6 +2,7 @@
 
 #include "device.h"
 #include "driver.h"
+#include "enqueue.h"
 #include "failure.h"
 #include "find.h"
 #include "launch.h"

@@ -49,7 +49,6 @@ Opened open()
         && resolve(library, "cuFuncSetAttribute", nullptr, d.cuFuncSetAttribute)
         && resolve(library, "cuMemsetD32Async", nullptr, d.cuMemsetD32Async)
         && resolve(library, "cuTensorMapEncodeTiled", nullptr, d.cuTensorMapEncodeTiled)
-        && resolve(library, "cuLaunchKernel", nullptr, d.cuLaunchKernel)
         && resolve(library, "cuLaunchKernelEx", nullptr, d.cuLaunchKernelEx);
     if (!complete)
     {

@@ -56,8 +56,6 @@ struct Driver {
     CudaResult (*cuTensorMapEncodeTiled)(TensorMap*, int type, unsigned rank, void* address, const std::uint64_t* sizes,
         const std::uint64_t* strides, const std::uint32_t* box, const std::uint32_t* elementStrides, int interleave,
         int swizzle, int promotion, int fill);
-    CudaResult (*cuLaunchKernel)(CudaFunction, unsigned gridX, unsigned gridY, unsigned gridZ, unsigned blockX,
-        unsigned blockY, unsigned blockZ, unsigned sharedBytes, CudaStream, void** arguments, void** extra);
     CudaResult (*cuLaunchKernelEx)(LaunchConfig const*, CudaFunction, void** arguments, void** extra);
 
     // The driver, or null with the reason in `why`. Thread-safe; the library stays open for the life of the process.

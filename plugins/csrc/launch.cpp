@@ -30,15 +30,4 @@ bsa_status launchChoice(
     return fail(BSA_ERROR_INTERNAL, "a kernel of this family cannot be launched");
 }
 
-bsa_status clearCounts(Driver const& driver, bsa_params const& params, void* stream)
-{
-    if (params.counts == nullptr)
-    {
-        return BSA_OK;
-    }
-    CudaResult const code = driver.cuMemsetD32Async(
-        reinterpret_cast<std::uint64_t>(params.counts), 0, 2 * static_cast<std::size_t>(params.heads_q), stream);
-    return code == kCUDA_SUCCESS ? BSA_OK : failCuda(driver, "cuMemsetD32Async", code);
-}
-
 } // namespace bsa

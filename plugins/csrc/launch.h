@@ -16,7 +16,4 @@ std::size_t workspaceSize(Choice const& choice, bsa_params const& params);
 bsa_status launchChoice(
     Driver const& driver, Device& device, Choice const& choice, bsa_params const& params, void* stream);
 
-// Enqueues zeros into the tile counts, where the call has them.
-bsa_status clearCounts(Driver const& driver, bsa_params const& params, void* stream);
-
 } // namespace bsa

@@ -3,8 +3,7 @@
 #include "launch_decode.h"
 
 #include "arguments.h"
-#include "failure.h"
-#include "given.h"
+#include "enqueue.h"
 
 #include <algorithm>
 
@@ -74,88 +73,42 @@ DecodeWorkspace decodeWorkspace(Choice const& choice, bsa_params const& p)
 bsa_status launchDecode(
     Driver const& driver, Device& device, Choice const& choice, bsa_params const& params, void* stream)
 {
-    bsa_params p = params;
+    Arguments arguments{params};
+    bsa_params& p = arguments.params;
     DecodeItems items{p};
     DecodeWorkspace const place = decodeWorkspace(choice, p);
     auto const at = [&p](std::size_t offset) { return static_cast<char*>(p.workspace) + offset; };
     void* sections[] = {at(place.partial), at(place.chunkMax), at(place.chunkSum), at(place.blockMax),
         at(place.blockSum), at(place.probabilities)};
-    std::int32_t given = givenBy(p);
     std::int32_t splits = chooseSplits(p, items, device.multiprocessors());
-    Scaling scaling{p};
 
-    std::int64_t const programs = items.count * splits;
-    std::int64_t const outputs
-        = static_cast<std::int64_t>(p.batch) * p.heads_q * p.seq_q * (choice.kernels[0]->head / kOUTPUT_COLUMNS);
-    if (std::max(programs, outputs) > 0x7fffffff)
-    {
-        return fail(BSA_ERROR_UNSUPPORTED, "more than 2^31 programs");
-    }
-
-    Arguments arguments;
-    for (auto* pointer : {&p.q, &p.k, &p.v})
-    {
-        arguments.add(*pointer);
-    }
-    arguments.add(p.o);
-    arguments.add(p.bias);
-    arguments.add(p.bias); // as elements, and as bytes
-    arguments.add(p.sinks);
-    arguments.add(p.kv_lengths);
-    arguments.add(p.q_start);
-    arguments.add(p.q_lengths);
-    arguments.add(p.threshold_scale);
-    arguments.add(p.counts);
-    arguments.add(p.lse);
+    arguments.add(p.q, p.k, p.v, p.o, p.bias, p.bias, // the bias as elements, and as bytes
+        p.sinks, p.kv_lengths, p.q_start, p.q_lengths, p.threshold_scale, p.counts, p.lse);
     for (void*& section : sections)
     {
         arguments.add(section);
     }
-    for (std::int32_t* number : {&given, &p.heads_q, &p.heads_k, &p.seq_q, &p.seq_k, &p.head_dim, &p.head_dim_v,
-             &items.rows, &items.rowBlocks, &splits, &items.chunks})
-    {
-        arguments.add(*number);
-    }
-    arguments.add(scaling.scaleLog2);
-    arguments.add(p.threshold);
-    arguments.add(p.threshold_factor);
-    arguments.add(p.window);
-    arguments.add(scaling.softcapLog2);
-    arguments.add(scaling.softcapRate);
-    for (auto* strides : {p.q_stride, p.k_stride, p.v_stride, p.o_stride})
-    {
-        for (int i = 0; i < 3; ++i)
-        {
-            arguments.add(strides[i]);
-        }
-    }
-    for (std::int64_t& stride : p.bias_stride)
-    {
-        arguments.add(stride);
-    }
+    arguments.add(arguments.given, p.heads_q, p.heads_k, p.seq_q, p.seq_k, p.head_dim, p.head_dim_v, items.rows,
+        items.rowBlocks, splits, items.chunks);
+    arguments.addScaling();
+    arguments.addStrides();
+    arguments.addBiasStrides();
     arguments.addScratch();
 
-    for (int i = 0; i < kMAX_KERNELS; ++i)
+    std::int64_t const programs = items.count * splits;
+    std::int64_t const outputs
+        = static_cast<std::int64_t>(p.batch) * p.heads_q * p.seq_q * (choice.kernels[0]->head / kOUTPUT_COLUMNS);
+    for (Kernel const* kernel : choice.kernels)
     {
-        Kernel const* const kernel = choice.kernels[i];
         if (kernel == nullptr)
         {
             continue;
         }
-        CudaFunction function = nullptr;
-        std::string why;
-        if (!device.function(driver, *kernel, function, why))
+        bsa_status const status
+            = enqueue(driver, device, *kernel, kernel->role == 'c' ? outputs : programs, arguments, stream);
+        if (status != BSA_OK)
         {
-            return fail(BSA_ERROR_CUDA, why);
-        }
-        LaunchAttribute early{kLAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION, 0, {1}};
-        LaunchConfig const config{{static_cast<unsigned>(kernel->role == 'c' ? outputs : programs), 1, 1},
-            {static_cast<unsigned>(kernel->threads), 1, 1}, static_cast<unsigned>(kernel->sharedBytes), stream, &early,
-            kernel->early ? 1U : 0U};
-        CudaResult const code = driver.cuLaunchKernelEx(&config, function, arguments.data(), nullptr);
-        if (code != kCUDA_SUCCESS)
-        {
-            return failCuda(driver, kernel->name, code);
+            return status;
         }
     }
     return BSA_OK;

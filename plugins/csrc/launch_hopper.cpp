@@ -4,12 +4,10 @@
 
 #include "arguments.h"
 #include "driver.h"
+#include "enqueue.h"
 #include "failure.h"
-#include "given.h"
-#include "launch.h"
 
 #include <algorithm>
-#include <string>
 #include <utility>
 
 namespace bsa {
@@ -46,16 +44,11 @@ enum class Share
 };
 
 // Enqueues `kernel`; `counter` is four bytes of device memory that no other launch in flight uses.
-bsa_status launchKernel(Driver const& driver, Device& device, Kernel const& kernel, bsa_params const& p, Share share,
-    std::uint32_t* counter, void* stream)
+bsa_status launchKernel(Driver const& driver, Device& device, Kernel const& kernel, bsa_params const& params,
+    Share share, std::uint32_t* counter, void* stream)
 {
-    CudaFunction function = nullptr;
-    std::string why;
-    if (!device.function(driver, kernel, function, why))
-    {
-        return fail(BSA_ERROR_CUDA, why);
-    }
-
+    Arguments arguments{params};
+    bsa_params& p = arguments.params;
     TensorMap maps[4];
     CudaResult code = kCUDA_SUCCESS;
     // No keys at all: the maps still need an address. What is read through them is masked.
@@ -76,9 +69,6 @@ bsa_status launchKernel(Driver const& driver, Device& device, Kernel const& kern
     }
 
     std::int32_t group = p.heads_q / p.heads_k;
-    std::int32_t headsQ = p.heads_q;
-    std::int32_t seqQ = p.seq_q;
-    std::int32_t seqK = p.seq_k;
     std::int32_t rowBlocks = (p.seq_q + kernel.rows - 1) / kernel.rows;
     std::int32_t heads = p.batch * p.heads_q;
     std::int64_t const bytesPerHead = std::max<std::int64_t>(4LL * p.seq_k * kernel.head, 1);
@@ -87,72 +77,36 @@ bsa_status launchKernel(Driver const& driver, Device& device, Kernel const& kern
     {
         section = static_cast<std::int32_t>(std::min<std::int64_t>(section, kCAUSAL_HEADS));
     }
+
+    std::int32_t& given = arguments.given;
+    given |= share == Share::kALL ? 0 : share == Share::kDENSE ? kRUN_WHERE_DENSE : kRUN_WHERE_SPARSE;
     std::int64_t const items = static_cast<std::int64_t>(rowBlocks) * heads;
     if (items > 0x7fffffff)
     {
         return fail(BSA_ERROR_UNSUPPORTED, "more than 2^31 blocks of query rows");
     }
-
-    std::int32_t given = share == Share::kALL ? 0 : share == Share::kDENSE ? kRUN_WHERE_DENSE : kRUN_WHERE_SPARSE;
-    given |= givenBy(p);
-
-    unsigned const grid = static_cast<unsigned>(std::min<std::int64_t>(items, device.multiprocessors()));
+    std::int64_t const grid = std::min<std::int64_t>(items, device.multiprocessors());
     if (items > grid && (kernel.role != 'd' || kernel.causal))
     {
         // uneven work: the CTAs take items from a counter; even work is dealt out in turn and needs none
         given |= kCOUNTER;
-        code = driver.cuMemsetD32Async(reinterpret_cast<std::uint64_t>(counter), 0, 1, stream);
-        if (code != kCUDA_SUCCESS)
+        if (bsa_status const status = enqueueZeros(driver, counter, 1, stream); status != BSA_OK)
         {
-            return failCuda(driver, "cuMemsetD32Async", code);
+            return status;
         }
     }
 
-    Scaling scaling{p};
-    float threshold = p.threshold;
-    float thresholdFactor = p.threshold_factor;
-    std::int32_t window = p.window;
-    bsa_params pointers = p;
-    std::int64_t biasStride[4] = {p.bias_stride[0], p.bias_stride[1], p.bias_stride[2], p.bias_stride[3]};
-
-    Arguments arguments;
     for (TensorMap& map : maps)
     {
         arguments.addMap(map);
     }
-    arguments.add(pointers.kv_lengths);
-    arguments.add(pointers.q_start);
-    arguments.add(pointers.q_lengths);
-    arguments.add(pointers.threshold_scale);
-    arguments.add(pointers.sinks);
-    arguments.add(pointers.counts);
-    arguments.add(pointers.lse);
-    arguments.add(counter);
-    arguments.add(given);
-    arguments.add(headsQ);
-    arguments.add(group);
-    arguments.add(seqQ);
-    arguments.add(seqK);
-    arguments.add(rowBlocks);
-    arguments.add(heads);
-    arguments.add(section);
-    arguments.add(scaling.scaleLog2);
-    arguments.add(threshold);
-    arguments.add(thresholdFactor);
-    arguments.add(window);
-    arguments.add(scaling.softcapLog2);
-    arguments.add(scaling.softcapRate);
-    arguments.add(pointers.bias);
-    arguments.add(pointers.bias);
-    for (std::int64_t& stride : biasStride)
-    {
-        arguments.add(stride);
-    }
+    arguments.add(p.kv_lengths, p.q_start, p.q_lengths, p.threshold_scale, p.sinks, p.counts, p.lse, counter, given,
+        p.heads_q, group, p.seq_q, p.seq_k, rowBlocks, heads, section);
+    arguments.addScaling();
+    arguments.add(p.bias, p.bias); // as elements, and as bytes
+    arguments.addBiasStrides();
     arguments.addScratch();
-
-    code = driver.cuLaunchKernel(function, grid, 1, 1, static_cast<unsigned>(kernel.threads), 1, 1,
-        static_cast<unsigned>(kernel.sharedBytes), stream, arguments.data(), nullptr);
-    return code == kCUDA_SUCCESS ? BSA_OK : failCuda(driver, kernel.name, code);
+    return enqueue(driver, device, kernel, grid, arguments, stream);
 }
 
 } // namespace

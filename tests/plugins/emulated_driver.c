@@ -58,18 +58,12 @@ int cuTensorMapEncodeTiled(struct map* map, int type, unsigned rank, void* addre
     map->swizzle = swizzle;
     return 0;
 }
-int cuLaunchKernel(void* function, unsigned x, unsigned y, unsigned z, unsigned bx, unsigned by, unsigned bz,
-    unsigned shared, void* stream, void** arguments, void** extra)
-{
-    const unsigned grid[3] = {x, y, z};
-    if (x * y * z == 0 || y > 65535 || z > 65535 || by != 1 || bz != 1 || extra != NULL || stream != NULL) return 1;
-    return callback == NULL ? 1 : callback((const char*)function, grid, bx, shared, arguments);
-}
 struct attribute { int id, padding; uint64_t value[8]; };
 struct config { unsigned grid[3], block[3], shared; void* stream; struct attribute* attributes; unsigned count; };
 int cuLaunchKernelEx(const struct config* c, void* function, void** arguments, void** extra)
 {
     if (c->count > 1 || (c->count == 1 && (c->attributes->id != 6 || c->attributes->value[0] != 1))) return 1;
-    return cuLaunchKernel(function, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared,
-        c->stream, arguments, extra);
+    if (c->grid[0] == 0 || c->grid[1] != 1 || c->grid[2] != 1 || c->block[1] != 1 || c->block[2] != 1) return 1;
+    if (extra != NULL || c->stream != NULL) return 1;
+    return callback == NULL ? 1 : callback((const char*)function, c->grid, c->block[0], c->shared, arguments);
 }

@@ -17,7 +17,7 @@ from planted import THRESHOLD, planted, rising
 
 from sparse_attention.reference import attention
 
-RAGGED = [(1, 1), (1, 129), (17, 17), (17, 129), (113, 203), (300, 64), (300, 520)]
+RAGGED = [(1, 129), (17, 17), (200, 64), (113, 203), (200, 520)]
 """Query rows and keys; up to 16 rows are the decode kernels' affair."""
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 """Absolute, for outputs of magnitude up to 4; the largest error seen was 8e-3 and 1e-3."""
@@ -45,8 +45,9 @@ def check(emulation: Emulation, q: Any, k: Any, v: Any, *, clean: Any = None, se
 @pytest.mark.parametrize("br", [64, 128])
 @pytest.mark.parametrize("lam", [0.0, THRESHOLD])
 def test_ragged(prefill: Emulation, size: int, causal: bool, br: int, lam: float) -> None:
-    for rows, columns in RAGGED if size < 256 else RAGGED[-4:]:  # the emulations take seconds for each of these
-        counts = check(prefill, *inputs(1, 2, 1, rows, columns, size), threshold=lam, br=br, is_causal=causal)[1]
+    for rows, columns in RAGGED:
+        q, k, v = inputs(1, 2, 1, rows, columns, size, seed=5)
+        counts = check(prefill, q, k, v, threshold=lam, br=br, is_causal=causal)[1]
         if columns == 520 and lam:
             assert counts[:, 0].sum() > 0
         if rows <= 16:
