@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from export.adapter import BATCH, SEQUENCE, Adapter, Dynamic, Padding, Signature, is_decoder, positions, right_padded
 from sparse_attention.errors import ModelError, UsageError
-from sparse_attention.huggingface import Visibility, given_lengths
+from sparse_attention.huggingface import Visibility, cache_name, given_lengths
 
 _PAST = 40  # of the example inputs
 
@@ -100,7 +100,7 @@ def cached_signature(model: nn.Module, *, padding: Padding = "auto", static: int
 def _cache_shapes(model: nn.Module) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Heads and size of K and of V per layer, seen in a cache that the model itself filled."""
     with torch.no_grad():
-        cache = model(torch.zeros(1, 2, dtype=torch.int64), use_cache=True).past_key_values
+        cache = getattr(model(torch.zeros(1, 2, dtype=torch.int64), use_cache=True), cache_name(model))
     shapes = []
     for layer in getattr(cache, "layers", ()):
         k, v = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -129,7 +129,7 @@ def _growing_call(padding: Padding) -> Any:
         cache = Cache(layers=layers)
         seen = torch.ones(batch, length + rows, dtype=torch.int64) if mask is None else mask
         position_ids = positions(seen, mask if padding != "right" else None).narrow(1, length, rows)
-        options = {"attention_mask": seen, "past_key_values": cache, "use_cache": True}
+        options = {"attention_mask": seen, cache_name(model): cache, "use_cache": True}
         if _takes_positions(model):
             options["position_ids"] = position_ids
         if padding in ("auto", "any"):
@@ -166,7 +166,7 @@ def _static_call(
     valid = kv_lengths.to(torch.int64).unsqueeze(-1) - start
     rows = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
     cache = _preallocated(past, start, valid, rows)
-    options = {"attention_mask": torch.ones_like(input_ids), "past_key_values": cache, "use_cache": True}
+    options = {"attention_mask": torch.ones_like(input_ids), cache_name(model): cache, "use_cache": True}
     if _takes_positions(model):
         options["position_ids"] = start + torch.minimum(rows, (valid - 1).clamp(min=0))
     lengths = Visibility(kv_lengths=kv_lengths, q_start=q_start, q_lengths=valid.squeeze(-1).to(torch.int32))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from torch import nn
 from sparse_attention.calibration_collect import Progress
 from sparse_attention.config import SparseAttentionConfig
 from sparse_attention.gap_collector import decode_rows
+from sparse_attention.huggingface import cache_name
 from sparse_attention.statistics import total_sparsity
 from sparse_attention.threshold import Phase
 from sparse_attention.trial import Batch, forward, shortened, tokens_of, trial
@@ -70,12 +70,12 @@ def achieved_sparsity(
 def _decode(model: nn.Module, batch: Batch, length: int) -> None:
     """Some of the tokens that stand for the decode steps at a length one by one; what lies between is prefilled."""
     ids = batch if not isinstance(batch, Mapping) else batch["input_ids"]
-    keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # since 5.24
+    name = cache_name(model)
     rows = decode_rows(length)
     done, cache = 0, None
     for position in rows[:: max(1, len(rows) // DECODE_STEPS)]:
         for end in (position, position + 1):
             if end > done:
-                inputs = {"input_ids": ids[:, done:end], keyword: cache}
-                cache = forward(model, inputs, use_cache=True, logits_to_keep=1).past_key_values
+                inputs = {"input_ids": ids[:, done:end], name: cache}
+                cache = getattr(forward(model, inputs, use_cache=True, logits_to_keep=1), name)
                 done = end

@@ -49,6 +49,11 @@ def given_lengths(lengths: Visibility) -> Iterator[None]:
         _given.reset(token)
 
 
+def cache_name(model: nn.Module) -> str:
+    """What `transformers` calls a model's keys and values, as an argument and in its output: `cache` since 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def computes_attention(module: nn.Module) -> bool:
     """Whether the module's own `forward` asks the attention registry for its attention."""
     forward = inspect.unwrap(type(module).forward)

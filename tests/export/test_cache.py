@@ -14,6 +14,7 @@ from export.cache import cached_signature
 from export.finish import node_inputs, op_nodes
 from sparse_attention import summary
 from sparse_attention.errors import ModelError, UsageError
+from sparse_attention.huggingface import cache_name
 from tests.conftest import Exported, tokens
 from tests.sparse_attention.attention_models import tiny
 
@@ -57,7 +58,7 @@ def in_pytorch(model: nn.Module, ids: Tensor, counts: Sequence[int]) -> Tensor:
     cache, start, logits = DynamicCache(config=model.config), 0, []
     for count in counts:
         with torch.no_grad():
-            logits.append(model(ids[:, start : start + count], past_key_values=cache).logits)
+            logits.append(model(ids[:, start : start + count], **{cache_name(model): cache}).logits)
         start += count
     return torch.cat(logits, 1)
 
@@ -116,8 +117,8 @@ def test_left_padding_on_a_growing_cache(exported: Export) -> None:
         alone = tiny("llama")(ids[1:, 11:]).logits
     for start, stop in ((0, 24), (24, 29), (29, 30)):
         with torch.no_grad():
-            expected = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache,
-                             position_ids=positions[:, start:stop]).logits  # fmt: skip
+            expected = model(ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions[:, start:stop],
+                             **{cache_name(model): cache}).logits  # fmt: skip
         given = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
         found = file.run(given | past)
         dense = file.run(given | dense_past | {"threshold_scale": torch.zeros(1)})
