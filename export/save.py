@@ -27,6 +27,10 @@ def check_output(path: Path, *, force: bool = False) -> None:
         )
     if path.exists() and not force:
         raise UsageError("the output exists already", where=str(path), fix="choose another name, or pass --force")
+    for folder in path.parents:
+        if folder.exists() and not folder.is_dir():
+            raise UsageError("the output's directory is a file", where=str(path), found=str(folder),
+                             fix="choose another directory")  # fmt: skip
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".write-test-"):

@@ -104,11 +104,15 @@ def test_weights_of_another_file_are_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == ["x.onnx.data"]
 
 
-@pytest.mark.parametrize("where", ["directory", "below_a_file", "in_proc"])
-def test_outputs_that_cannot_be_written(where: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [("", "output is a directory"), ("file/x.onnx", "directory is a file"), ("file/a/x.onnx", "directory is a file"),
+     ("/proc/x.onnx", "cannot be written")],
+)  # fmt: skip
+def test_outputs_that_cannot_be_written(where: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    path = {"directory": tmp_path, "below_a_file": tmp_path / "file" / "x.onnx", "in_proc": Path("/proc/x.onnx")}[where]
-    with pytest.raises(UsageError, match=r"is a directory|cannot be written") as raised:
+    path = tmp_path / where
+    with pytest.raises(UsageError, match=words) as raised:
         check_output(path)
     assert str(path) in str(raised.value) and "fix:" in str(raised.value)
     assert names(tmp_path) == ["file"]
