@@ -29,7 +29,7 @@ def check_output(path: Path, *, force: bool = False) -> None:
         raise UsageError("the output exists already", where=str(path), fix="choose another name, or pass --force")
     for folder in path.parents:
         if folder.exists() and not folder.is_dir():
-            raise UsageError("the output's directory is a file", where=str(path), found=str(folder),
+            raise UsageError("the output cannot be written", where=str(path), found=f"{folder} is no directory",
                              fix="choose another directory")  # fmt: skip
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

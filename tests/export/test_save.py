@@ -106,7 +106,7 @@ def test_weights_of_another_file_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("where", "words"),
-    [("", "output is a directory"), ("file/x.onnx", "directory is a file"), ("file/a/x.onnx", "directory is a file"),
+    [("", "output is a directory"), ("file/x.onnx", "file is no directory"), ("file/a/x.onnx", "file is no directory"),
      ("/proc/x.onnx", "cannot be written")],
 )  # fmt: skip
 def test_outputs_that_cannot_be_written(where: str, words: str, tmp_path: Path) -> None:
