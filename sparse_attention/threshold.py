@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 from sparse_attention.errors import ConfigError
@@ -47,6 +47,10 @@ class PhaseThreshold:
         return self.a == 0 and self.value(1) == 0.0
 
 
+_FIELDS = tuple(field.name for field in fields(PhaseThreshold))
+_ATTRIBUTES = tuple((phase, name, f"{phase}_{name}") for phase in PHASES for name in _FIELDS)
+
+
 @dataclass(frozen=True, slots=True)
 class Thresholds:
     """λ of both phases of one attention module; a phase that is not given is dense."""
@@ -79,13 +83,12 @@ class Thresholds:
 
     def attributes(self) -> dict[str, float]:
         """Flat, under the op's attribute names: ``prefill_threshold``, ``prefill_a`` ... ``decode_target``."""
-        return {f"{phase}_{name}": value for phase in PHASES for name, value in asdict(getattr(self, phase)).items()}
+        return {key: getattr(getattr(self, phase), name) for phase, name, key in _ATTRIBUTES}
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, float]) -> Thresholds:
         """The inverse of ``attributes``; other keys are ignored."""
-        names = tuple(field.name for field in fields(PhaseThreshold))
-        return cls(**{phase: PhaseThreshold(**{n: attributes[f"{phase}_{n}"] for n in names}) for phase in PHASES})
+        return cls(*(PhaseThreshold(*(attributes[f"{phase}_{name}"] for name in _FIELDS)) for phase in PHASES))
 
     @property
     def is_dense(self) -> bool:
@@ -100,8 +103,7 @@ def threshold_attributes(value: float | Mapping[Any, object] | PhaseThreshold | 
         ConfigError: as `Thresholds.of`.
     """
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        names = ("threshold", "a", "b", "target")
-        return {f"{phase}_{name}": float(value) if name == "threshold" else 0.0 for phase in PHASES for name in names}
+        return {key: float(value) if name == "threshold" else 0.0 for _, name, key in _ATTRIBUTES}
     return Thresholds.of(value).attributes()
 
 
@@ -109,8 +111,7 @@ def _phase(value: object, where: str) -> PhaseThreshold:
     if isinstance(value, PhaseThreshold):
         return value
     if isinstance(value, Mapping):
-        names = tuple(field.name for field in fields(PhaseThreshold))
-        _refuse_unknown(value, names, where)
+        _refuse_unknown(value, _FIELDS, where)
         return PhaseThreshold(**{name: _number(given, f"{where}.{name}") for name, given in value.items()})
     return PhaseThreshold(threshold=_number(value, where))
 
