@@ -173,11 +173,11 @@ def _validate(
         q.dtype == k.dtype == v.dtype and q.dtype in (torch.float32, torch.float16, torch.bfloat16),
         "q, k and v must share one of the dtypes float32, float16, bfloat16", dtypes, "cast them first",
     )  # fmt: skip
-    require(br > 0 and bc > 0, "tiles need at least one row and one column", (br, bc), "use 128 and 128")
+    require(br > 0 and bc > 0, "tiles need at least one row and one column", f"br={br}, bc={bc}", "use 128 and 128")
     require(scale is None or scale > 0, "scale must be positive", scale, "leave it out for 1 / sqrt(D)")
     require((softcap or 0) >= 0, "softcap must not be negative", softcap, "use 0 for none")
     require((window or 0) >= 0, "window must not be negative", window, "use 0 for none")
-    require(unit in ("head", "group"), "unknown unit of decision", unit, 'use "head" or "group"')
+    require(unit in ("head", "group"), "unknown unit of decision", repr(unit), 'use "head" or "group"')
     require(bias is None or bias.dim() <= 4, "bias has too many dimensions", bias is not None and list(bias.shape),
             "it must broadcast to [B, Hq, Sq, Sk]")  # fmt: skip
     require(sinks is None or tuple(sinks.shape) == (q.shape[1],), "sinks needs one value per query head",
