@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from export import ExportOptions, export_onnx
 from export.adapter import Signature
+from export.models import load_model
 from export.runners import as_numpy, session
+from export.smollm2 import fetch_smollm2
 from sparse_attention import sparsify
+from sparse_attention.errors import MissingError
 from tests.command_line import CommandLine
 from tests.sparse_attention.attention_models import VOCABULARY, settings, tiny
 
@@ -64,12 +67,16 @@ class Exported:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
-    """Exports a family of tiny models with options; the same request gives the same file, also in another worker."""
+def of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all workers of a run: what takes long is made once, under a lock."""
     base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
-    directory = base / "exported"
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def exported(of_the_run: Path) -> Callable[..., Exported]:
+    """Exports a family of tiny models with options; the same request gives the same file, also in another worker."""
+    directory = of_the_run / "exported"
     directory.mkdir(exist_ok=True)
 
     def export(family: str = "llama", dtype: str = "float32", config: Any = None, **options: Any) -> Exported:
@@ -89,6 +96,23 @@ def llama_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny peaky Llama as `save_pretrained` writes it; never changed by a test."""
     path = tmp_path_factory.mktemp("models") / "llama"
     tiny("llama").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2(of_the_run: Path) -> Path:
+    """SmolLM2-135M as `save_pretrained` writes it: loaded in a tenth of the time that its GGUF file takes."""
+    path = of_the_run / "smollm2"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            pytest.importorskip("gguf", reason="the model is a GGUF file: pip install gguf")
+            try:
+                loaded = load_model(str(fetch_smollm2()))
+            except MissingError as error:
+                pytest.skip(str(error))
+            for part in (loaded.model, loaded.tokenizer):
+                part.save_pretrained(f"{path}.new")  # type: ignore[union-attr,operator]
+            Path(f"{path}.new").rename(path)
     return path
 
 

@@ -46,12 +46,11 @@ def test_the_file_skips_what_pytorch_skips_at_every_length(tmp_path):
 
 
 @pytest.mark.model
-def test_smollm2_meets_its_target_on_other_text():
+def test_smollm2_meets_its_target_on_other_text(smollm2):
     from export.models import load_model
-    from export.smollm2 import fetch_smollm2
     from sparse_attention.texts import read_texts, split, tokenize, windows
 
-    loaded = load_model(str(fetch_smollm2()))
+    loaded = load_model(str(smollm2))
     ours, theirs = split(tokenize(read_texts("builtin"), loaded.tokenizer, loaded.model.config.vocab_size))
     found = calibrate(
         loaded.model, "skip_softmax_calib", windows(ours, 1024, 2), targets={"prefill": 0.15}, strategy="length",

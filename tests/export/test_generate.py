@@ -153,15 +153,13 @@ def test_tokens_that_end_a_text(written: str | None, expected: tuple[int, ...], 
 
 
 @pytest.mark.model
-def test_smollm2_generates_what_transformers_generates(tmp_path: Path) -> None:
+def test_smollm2_generates_what_transformers_generates(smollm2: Path, tmp_path: Path) -> None:
     """64 greedy tokens after 16 and 1500, at λ = 0 (the dense model) and at the default configuration."""
-    pytest.importorskip("gguf", reason="the model is a GGUF file: pip install gguf")
     from export import ExportOptions, export_onnx
     from export.models import load_model
     from export.samples import token_ids
-    from export.smollm2 import fetch_smollm2
 
-    loaded = load_model(str(fetch_smollm2()))
+    loaded = load_model(str(smollm2))
     path = tmp_path / "smollm2.onnx"
     options = ExportOptions(kv_cache=True, tunable=True)
     export_onnx(loaded.model, "skip_softmax_default", path, options=options)

@@ -26,10 +26,9 @@ from emulation import Emulation
 
 
 @pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One folder for all workers of a run: what takes long is made once, under a lock."""
-    base = Path(tmp_path_factory.getbasetemp())
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tensorrt"
+def shared_folder(of_the_run: Path) -> Path:
+    """What these tests share."""
+    folder = of_the_run / "tensorrt"
     folder.mkdir(exist_ok=True)
     return folder
 

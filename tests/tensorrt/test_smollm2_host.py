@@ -17,8 +17,6 @@ from export.engine.shapes import make_profiles, parse_shapes
 from export.models import load_model
 from export.pipeline import ExportOptions, export_onnx
 from export.samples import token_ids
-from export.smollm2 import fetch_smollm2
-from sparse_attention.errors import MissingError
 
 TEXT = 300
 """Tokens: three by three tiles, of which six exist."""
@@ -30,16 +28,12 @@ PROFILES = (
 
 
 @pytest.fixture(scope="session")
-def smollm2(shared_folder: Path) -> Path:
+def with_cache(smollm2: Path, shared_folder: Path) -> Path:
     """The exported model, float16 with a cache, counts and a tunable threshold; beside it the tokens of a text."""
     path = shared_folder / "smollm2" / "model.onnx"
     with FileLock(shared_folder / "smollm2.lock"):
         if not path.exists():
-            try:
-                weights = fetch_smollm2()
-            except MissingError as error:
-                pytest.skip(str(error))
-            loaded = load_model(str(weights), dtype="float16")
+            loaded = load_model(str(smollm2), dtype="float16")
             path.parent.mkdir()
             np.save(path.with_suffix(".npy"), token_ids(loaded.tokenizer, TEXT, 0).numpy())
             options = ExportOptions(kv_cache=True, counts=True, tunable=True)
@@ -48,8 +42,8 @@ def smollm2(shared_folder: Path) -> Path:
 
 
 @pytest.mark.model
-def test_every_node_at_prefill_and_decode(host: Path, plugin_library: Path, smollm2: Path, tmp_path: Path) -> None:
-    _, plan, _ = load_write_plan().plan_for(smollm2, tmp_path, PROFILES, inputs={}, data=False)
+def test_every_node_at_prefill_and_decode(host: Path, plugin_library: Path, with_cache: Path, tmp_path: Path) -> None:
+    _, plan, _ = load_write_plan().plan_for(with_cache, tmp_path, PROFILES, inputs={}, data=False)
     result = run_process([host, plugin_library, plan])
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-1000:]
     answers = [json.loads(line) for line in result.stdout.splitlines()]
@@ -64,12 +58,12 @@ def test_every_node_at_prefill_and_decode(host: Path, plugin_library: Path, smol
 
 @pytest.mark.model
 def test_every_layer_computes_what_pytorch_does(
-    emulation: Emulation, plugin_build: Path, smollm2: Path, tmp_path: Path
+    emulation: Emulation, plugin_build: Path, with_cache: Path, tmp_path: Path
 ) -> None:
     """Each layer's own q, k, v of a real text, through the plugin, the kernels' source run on an emulated GPU."""
-    ids = np.load(smollm2.with_suffix(".npy"))
+    ids = np.load(with_cache.with_suffix(".npy"))
     profile = f"prefill:batch=1,sequence={TEXT},past=0,total={TEXT}"
-    _, plan, _ = load_write_plan().plan_for(smollm2, tmp_path, [profile], inputs={"input_ids": ids}, data=True)
+    _, plan, _ = load_write_plan().plan_for(with_cache, tmp_path, [profile], inputs={"input_ids": ids}, data=True)
     script = load_host_script("compare")
     results = []
     for case in script.read_cases(plan):
@@ -85,8 +79,8 @@ def test_every_layer_computes_what_pytorch_does(
 
 
 @pytest.mark.model
-def test_default_profiles_fit_it(smollm2: Path) -> None:
-    model = read_model(smollm2)
+def test_default_profiles_fit_it(with_cache: Path) -> None:
+    model = read_model(with_cache)
     assert model.recorded["config"]["sparse_cfg"]
     prefill, decode = make_profiles(model.inputs, parse_shapes(["sequence:1,512,2048"]))
     assert prefill.inputs["input_ids"] == ((1, 1), (1, 512), (1, 2048))
