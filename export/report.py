@@ -21,13 +21,13 @@ def print_parity(console: Console, report: ParityReport) -> None:
     console.print(f"{report.file} against {report.against} in PyTorch, {report.tokens} tokens, {report.dtype}",
                   highlight=False, soft_wrap=True)  # fmt: skip
     table = Table(box=SIMPLE, pad_edge=False)  # narrow enough for a terminal of 80 columns
-    table.add_column("attention layer", no_wrap=True)
+    table.add_column("attention layer", overflow="fold")  # gives way: a figure cut short would tell nothing
     for column in ("λ", "tiles", "skipped", "%", "error", "apart"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for layer in report.layers:
         apart = str(layer.different) + (f"+{len(layer.in_band)}" if layer.in_band else "")
         table.add_row(
-            layer.name + (", decode" if layer.phase == "decode" else ""), f"{layer.threshold:.3g}", str(layer.tiles),
+            layer.name + (" (decode)" if layer.phase == "decode" else ""), f"{layer.threshold:.3g}", str(layer.tiles),
             str(layer.skipped), f"{100 * layer.skipped / max(layer.tiles, 1):.1f}", f"{layer.error:.1e}", apart,
             style="" if layer.passed else "red",
         )  # fmt: skip
