@@ -20,7 +20,6 @@ from export.models import load_model
 from export.runners import as_numpy, session
 from export.smollm2 import fetch_smollm2
 from sparse_attention import sparsify
-from sparse_attention.errors import MissingError
 from tests.command_line import CommandLine
 from tests.sparse_attention.attention_models import VOCABULARY, settings, tiny
 
@@ -101,17 +100,14 @@ def llama_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(of_the_run: Path) -> Path:
-    """SmolLM2-135M as `save_pretrained` writes it: loaded in a tenth of the time that its GGUF file takes."""
+    """SmolLM2-135M as `save_pretrained` writes it: its GGUF file, which takes long to parse, is read once a run."""
     path = of_the_run / "smollm2"
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            pytest.importorskip("gguf", reason="the model is a GGUF file: pip install gguf")
-            try:
-                loaded = load_model(str(fetch_smollm2()))
-            except MissingError as error:
-                pytest.skip(str(error))
-            for part in (loaded.model, loaded.tokenizer):
-                part.save_pretrained(f"{path}.new")  # type: ignore[union-attr,operator]
+            loaded = load_model(str(fetch_smollm2()))
+            parts: list[Any] = [loaded.model, loaded.tokenizer]
+            for part in parts:
+                part.save_pretrained(f"{path}.new")
             Path(f"{path}.new").rename(path)
     return path
 

@@ -5,6 +5,7 @@
 #include "arguments.h"
 #include "device.h"
 
+#include <cstddef>
 #include <cstdint>
 
 namespace bsa {

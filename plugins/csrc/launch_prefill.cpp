@@ -4,7 +4,6 @@
 
 #include "arguments.h"
 #include "enqueue.h"
-#include "failure.h"
 
 #include <algorithm>
 

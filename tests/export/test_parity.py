@@ -33,9 +33,9 @@ Export = Callable[..., Exported]
 TOKENS = 70
 
 
-def printed(report: ParityReport) -> list[str]:
+def printed(report: ParityReport, width: int = 200) -> list[str]:
     text = io.StringIO()
-    print_parity(Console(file=text, width=200), report)
+    print_parity(Console(file=text, width=width), report)
     return [line for line in text.getvalue().splitlines() if line.strip()]
 
 
@@ -67,6 +67,17 @@ def test_passes(request_: dict[str, Any], phases: list[str], exported: Export) -
     assert layers_of(model) == []  # left as it was
     last = printed(report)[-1]
     assert last.startswith(f"PASSED {len(report.layers)} layers, {report.skipped} of {report.tiles} tiles skipped")
+
+
+def test_a_narrow_terminal_cuts_no_figure_short(exported: Export) -> None:
+    file = exported(kv_cache=True, tunable=True, counts=True)
+    report = check(file.path, file.dense(), tokens=48, name="tiny")
+    layers = tuple(replace(layer, name=f"language_{layer.name}", threshold=0.000123) for layer in report.layers)
+    rows = [line for line in printed(replace(report, layers=layers), width=80) if "0.000123" in line]
+    assert len(rows) == len(layers) == 4
+    for row, layer in zip(rows, layers, strict=True):
+        assert row.split()[-4:] == [str(layer.skipped), f"{100 * layer.skipped / layer.tiles:.1f}",
+                                    f"{layer.error:.1e}", "0"]  # fmt: skip
 
 
 def tampered(file: Exported, directory: Path, change: Callable[[onnx.ModelProto], None]) -> Path:

@@ -59,7 +59,7 @@ def test_heads_of_a_group_keep_different_tiles_or_the_same(emulation: Emulation)
 @pytest.mark.parametrize(("group", "rows"), [(1, 16), (4, 3), (3, 5), (2, 16), (20, 1), (7, 7)])
 def test_few_rows_and_more_rows_than_lanes(emulation: Emulation, group: int, rows: int, unit: str) -> None:
     """A head's rows decide together; heads that do not fit one program are decided across programs."""
-    q, k, v = grouped(1, 1, group, rows, 700, 64, split=1 if rows == 3 else None, dtype=torch.float16)
+    q, k, v = grouped(1, 2, group, rows, 700, 64, split=1 if rows == 3 else None, dtype=torch.float16)
     check(emulation, q, k, v, threshold=THRESHOLD, unit=unit, is_causal=True, skips=True)
     if unit == "head":
         check(emulation, q, k, v, is_causal=True)

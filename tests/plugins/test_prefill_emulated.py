@@ -46,7 +46,7 @@ def check(emulation: Emulation, q: Any, k: Any, v: Any, *, clean: Any = None, se
 @pytest.mark.parametrize("lam", [0.0, THRESHOLD])
 def test_ragged(prefill: Emulation, size: int, causal: bool, br: int, lam: float) -> None:
     for rows, columns in RAGGED:
-        q, k, v = inputs(1, 2, 1, rows, columns, size, seed=5)
+        q, k, v = inputs(1, 2, 1, rows, columns, size, seed=5)  # with which something is skipped at every size and br
         counts = check(prefill, q, k, v, threshold=lam, br=br, is_causal=causal)[1]
         if columns == 520 and lam:
             assert counts[:, 0].sum() > 0
