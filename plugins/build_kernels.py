@@ -60,16 +60,16 @@ def _signature(spec: Specialisation, gl: Any) -> tuple[dict[str, str], dict[str,
     def descriptor(rows: int) -> str:
         return f"tensordesc<{spec.dtype}[1,1,{rows},{spec.head}],{layout!r}>"
 
-    tensors = {"q": 64, "k": spec.columns, "v": spec.columns, "o": 64}
+    tensors = {"q": spec.group_rows, "k": spec.columns, "v": spec.columns, "o": spec.group_rows}
     signature = {name: descriptor(rows) for name, rows in tensors.items()}
     for entry in f"{POINTERS} {SCALARS}".split():
         name, kind = entry.split(":")
         signature[name] = kind.replace("T", spec.dtype)
     constants: dict[str, object] = {
         "DTYPE": gl.float16 if spec.dtype == "fp16" else gl.bfloat16, "HEAD": spec.head, "GROUPS": spec.groups,
-        "COLUMNS": spec.columns, "K_STAGES": spec.key_stages, "V_STAGES": spec.value_stages,
-        "SCHEDULE": spec.schedule, "CAUSAL": spec.causal,
-        "JOINT": spec.joint, "O_IN_Q": spec.output_in_q, "SPECULATIVE": spec.speculative, "ON_DEMAND": spec.on_demand,
+        "ROWS": spec.group_rows, "COLUMNS": spec.columns, "QUERIES": spec.queries, "K_STAGES": spec.key_stages,
+        "V_STAGES": spec.value_stages, "SCHEDULE": spec.schedule, "CAUSAL": spec.causal,
+        "JOINT": spec.joint and spec.group_rows == 64, "SPECULATIVE": spec.speculative, "ON_DEMAND": spec.on_demand,
         "CONSUMER_REGISTERS": spec.registers,
     }  # fmt: skip
     signature.update(dict.fromkeys(constants, "constexpr"))
@@ -181,7 +181,9 @@ def compile_kernel(spec: Specialisation | PlainKernel, output: Path) -> dict[str
     threads = re.search(r"\.reqntid (\d+)", kernel.asm["ptx"])
     registers = re.search(r"Used (\d+) registers", text)
     assert threads and registers
-    line: dict[str, Any] = {} if isinstance(spec, PlainKernel) else {"family": "hopper", "rows": 64 * spec.groups}
+    line: dict[str, Any] = {}
+    if not isinstance(spec, PlainKernel):
+        line = {"family": "hopper", "rows": spec.group_rows * spec.groups}
     return {
         **line, **asdict(spec), "name": spec.name, "architecture": architecture, "capability": capability,
         "entry": kernel.metadata.name, "file": f"{spec.name}.cubin", "bytes": len(cubin), "threads": int(threads[1]),

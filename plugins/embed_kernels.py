@@ -12,7 +12,9 @@ from typing import Any
 
 DTYPES = {"fp16": "BSA_FLOAT16", "bf16": "BSA_BFLOAT16"}
 FAMILIES = {"hopper": "kHOPPER", "decode": "kDECODE", "prefill": "kPREFILL"}
-ROLES = {"dense": "d", "skip": "s", "plain": "s", "general": "g", "scores": "s", "values": "v", "combine": "c"}
+ROLES = {
+    "dense": "d", "skip": "s", "plain": "s", "wide": "s", "general": "g", "scores": "s", "values": "v", "combine": "c",
+}  # fmt: skip
 
 
 def _table_line(kernel: dict[str, Any], index: int) -> str:

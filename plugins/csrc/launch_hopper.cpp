@@ -13,8 +13,22 @@
 namespace bsa {
 namespace {
 
-constexpr std::int64_t kL2_BYTES = 24'000'000; // K and V of the heads worked on together; half of an H100's L2
-constexpr std::int64_t kCAUSAL_HEADS = 4;      // and at most so many, see README.md
+// Heads whose causal row blocks are worked on together, all of them longest block first. As measured, see README.md:
+// where keys are few, as many as half of an H100's L2 holds K and V of; otherwise a fixed number.
+std::int64_t causalHeads(Kernel const& kernel, int keys)
+{
+    constexpr std::int64_t kL2_BYTES = 24'000'000;
+    std::int64_t const fitting = kL2_BYTES / std::max<std::int64_t>(4LL * keys * kernel.head, 1);
+    if (kernel.role == 'd' && kernel.head == 64)
+    {
+        return std::max<std::int64_t>(fitting, 44);
+    }
+    if (kernel.role == 'd')
+    {
+        return keys > 1024 ? std::min<std::int64_t>(fitting, 4) : fitting;
+    }
+    return keys > 2048 ? 1 : fitting;
+}
 
 bool encode(Driver const& driver, TensorMap& map, void const* address, int dtype, std::int64_t const stride[3],
     int batch, int heads, int sequence, int columns, int boxRows, int boxColumns, CudaResult& code)
@@ -71,12 +85,8 @@ bsa_status launchKernel(Driver const& driver, Device& device, Kernel const& kern
     std::int32_t group = p.heads_q / p.heads_k;
     std::int32_t rowBlocks = (p.seq_q + kernel.rows - 1) / kernel.rows;
     std::int32_t heads = p.batch * p.heads_q;
-    std::int64_t const bytesPerHead = std::max<std::int64_t>(4LL * p.seq_k * kernel.head, 1);
-    std::int32_t section = static_cast<std::int32_t>(std::clamp<std::int64_t>(kL2_BYTES / bytesPerHead, 1, heads));
-    if (p.seq_k > 4096)
-    {
-        section = static_cast<std::int32_t>(std::min<std::int64_t>(section, kCAUSAL_HEADS));
-    }
+    std::int32_t section
+        = static_cast<std::int32_t>(std::clamp<std::int64_t>(causalHeads(kernel, p.seq_k), 1, heads));
 
     std::int32_t& given = arguments.given;
     given |= share == Share::kALL ? 0 : share == Share::kDENSE ? kRUN_WHERE_DENSE : kRUN_WHERE_SPARSE;

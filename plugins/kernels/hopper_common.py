@@ -1,22 +1,13 @@
-"""What every warp of the Hopper prefill kernel shares: the call, the shared memory, and the way work is handed out.
-
-A CTA is persistent. One producer warp takes work items (one batch entry, one query head, one block of query rows) from
-a counter in device memory, describes each to the others and streams Q and K through shared memory with the copy engine
-(TMA); a second one streams V; each consumer warpgroup owns 64 query rows. Barriers live across items, so the loads of
-the next item overlap the last products and the epilogue of the current one.
-"""
+"""What every warp of the Hopper prefill kernel shares: the call, the work item, the shared memory and its barriers."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-BLOCK_ROWS = gl.constexpr(64)  # query rows of one consumer warpgroup: the M of a wgmma
 TILE_COLUMNS = gl.constexpr(128)  # key columns of a decision, whatever the width of a loaded tile
 DRIFT = gl.constexpr(8)  # tiles by which the roles may drift apart, and more: K_STAGES + V_STAGES at most
 TURN_BARRIER = gl.constexpr(12)  # first named barrier of the turns, above those of Triton and of the votes
 NEVER_VOTES = gl.constexpr(1e30)  # running maximum of a row outside the tensor: nothing comes near it
-DENSITY_ONE = gl.constexpr(256)  # share of tiles that are kept, as the producer of V follows it: all of them
-DENSITY_DEMAND = gl.constexpr(40)  # below, V is loaded on demand
 ALWAYS_KEEP = gl.constexpr(-1e29)  # log2 of a zero threshold; above -NEVER_VOTES, so that such rows still do not vote
 
 # bits of Call.given
@@ -126,13 +117,15 @@ class Call:
     bias_row: gl.tensor
     bias_column: gl.tensor
     GROUPS: gl.constexpr  # consumer warpgroups
+    ROWS: gl.constexpr  # query rows of each
     COLUMNS: gl.constexpr  # key columns of a loaded tile
     HEAD: gl.constexpr  # head size in shared memory; narrower heads are zero-filled by the copy engine
+    QUERIES: gl.constexpr  # buffers of Q and the output, see hopper_queries
     K_STAGES: gl.constexpr  # tiles of K in shared memory
     V_STAGES: gl.constexpr
     CAUSAL: gl.constexpr
     GENERAL: gl.constexpr  # window, softcap and bias are possible, and causality is asked for at run time
-    JOINT: gl.constexpr  # decide 64 * GROUPS rows together instead of 64
+    JOINT: gl.constexpr  # two warpgroups of 64 rows decide together
     ON_DEMAND: gl.constexpr  # while few tiles are kept, V is loaded once a tile is
 
     @gluon.jit
@@ -175,10 +168,9 @@ class Shared:
     barriers for every tile within DRIFT, the others for every buffer.
     """
 
-    q: gl.shared_memory_descriptor
+    q: gl.shared_memory_descriptor  # and the output, see hopper_queries
     k: gl.shared_memory_descriptor
     v: gl.shared_memory_descriptor
-    o: gl.shared_memory_descriptor
     item: gl.shared_memory_descriptor
     votes: gl.shared_memory_descriptor
     q_full: gl.shared_memory_descriptor
@@ -244,143 +236,3 @@ class Shared:
     @gluon.jit
     def release_item(self, sequence):
         arrive_warp(self.item_free.index(ring_slot(sequence, 2)))
-
-
-@gluon.jit
-def log2_threshold(call, batch, kv_end):
-    """log2 of the threshold of a batch entry; ALWAYS_KEEP where it is zero or means dense."""
-    value = call.threshold
-    if call.threshold_factor > 0:
-        value = call.threshold_factor / kv_end.to(gl.float32)
-    if call.has(HAS_THRESHOLD_SCALE):
-        value = value * gl.load(call.threshold_scale)
-    result = gl.to_tensor(ALWAYS_KEEP)
-    if value > 0 and value < 1:
-        result = gl.log2(value)
-    return result
-
-
-@gluon.jit
-def unpack_item(call, index):
-    """Order of the work: full attention head by head; causal longest block first within a section of heads."""
-    if call.CAUSAL:
-        first = index // (call.section * call.row_blocks) * call.section
-        width = gl.minimum(call.section, call.heads - first)
-        place = index - first * call.row_blocks
-        head = first + place % width
-        block = call.row_blocks - 1 - place // width
-    else:
-        head = index // call.row_blocks
-        block = index % call.row_blocks
-    batch = head // call.heads_q
-    ROWS: gl.constexpr = call.GROUPS * BLOCK_ROWS
-    row0 = block * ROWS
-    kv_end = call.seq_k
-    q_end = call.seq_q
-    q_start = call.seq_k - call.seq_q
-    if call.has(HAS_KV_LENGTHS):
-        kv_end = gl.maximum(gl.minimum(gl.load(call.kv_lengths + batch), kv_end), 0)
-    if call.has(HAS_Q_LENGTHS):
-        q_end = gl.minimum(gl.load(call.q_lengths + batch), q_end)
-    if call.has(HAS_Q_START):
-        q_start = gl.load(call.q_start + batch)
-    threshold = log2_threshold(call, batch, kv_end)
-    none = gl.to_tensor(0)
-    item = Item(batch, head % call.heads_q, row0, q_end, q_start, kv_end, none, none, threshold)
-    first = none
-    if call.GENERAL and call.window > 0:
-        first = gl.maximum(row0 + q_start - call.window + 1, 0) // call.COLUMNS
-    end = gl.cdiv(item.visible_columns(call, gl.minimum(row0 + ROWS, q_end) - 1), call.COLUMNS)
-    tiles = gl.where(row0 < q_end, gl.maximum(end - first, 1), 1)
-    return Item(batch, head % call.heads_q, row0, q_end, q_start, kv_end, first, tiles, threshold)
-
-
-@gluon.jit
-def is_active(call, item):
-    """Whether this launch computes the item, or the launch of the other kernel beside it."""
-    dense = item.log2_threshold == ALWAYS_KEEP
-    return not ((call.has(RUN_WHERE_DENSE) and not dense) or (call.has(RUN_WHERE_SPARSE) and dense))
-
-
-@gluon.jit
-def load_tile(desc, batch, head, row, full, slot, COLUMNS: gl.constexpr, HEAD: gl.constexpr):
-    mbarrier.expect(full, COLUMNS * HEAD * 2)
-    tma.async_load(desc, [batch, head, row, 0], full, slot)
-
-
-@gluon.jit
-def produce_keys(call, shared):
-    """The first producer warp: hands out items, loads their Q and streams their K."""
-    sequence = 0
-    tile = 0  # tiles streamed so far, from which the place in the ring follows
-    index = gl.program_id(0)
-    items = call.heads * call.row_blocks
-    while index < items:
-        item = unpack_item(call, index)
-        if is_active(call, item):
-            shared.publish_item(sequence, 1, item)
-            kv_head = item.head // call.group
-            for j in range(item.tiles):
-                slot = ring_slot(tile, call.K_STAGES)
-                mbarrier.wait(shared.k_free.index(slot), ring_phase(tile, call.K_STAGES) ^ 1)
-                load_tile(call.k, item.batch, kv_head, (item.first + j) * call.COLUMNS, shared.k_full.index(slot),
-                          shared.k.index(slot), call.COLUMNS, call.HEAD)  # fmt: skip
-                if j == 0:
-                    for group in gl.static_range(call.GROUPS):
-                        mbarrier.wait(shared.q_free.index(group), (sequence & 1) ^ 1)
-                        load_tile(call.q, item.batch, item.head, item.row0 + group * BLOCK_ROWS,
-                                  shared.q_full.index(group), shared.q.index(group), BLOCK_ROWS, call.HEAD)  # fmt: skip
-                tile += 1
-            sequence += 1
-        if call.has(HAS_COUNTER):
-            index = gl.num_programs(0) + gl.atomic_add(call.counter, 1, sem="relaxed")
-        else:
-            index += gl.num_programs(0)
-    shared.publish_item(sequence, 0, unpack_item(call, gl.to_tensor(0)))
-
-
-@gluon.jit
-def produce_values(call, shared):
-    """The second producer warp: streams V, so that waiting for its buffers does not hold up K.
-
-    Nobody waits for V of a tile that he skips, so this role keeps the others from running away from it by holding back
-    a slot of K.
-
-    ON_DEMAND, while few tiles are kept, V is loaded only when a warpgroup has voted to keep the tile: causal row blocks
-    walk through K and V at different places, and all of it seems to be more than L2 delivers. While many tiles are
-    kept, V is loaded early, for the latency. A tile that is not loaded completes its phase all the same, and no result
-    changes.
-    """
-    sequence = 0
-    tile = 0
-    density = gl.to_tensor(DENSITY_ONE)
-    while shared.receive_item(sequence) != 0:
-        item = shared.read_item(sequence)
-        kv_head = item.head // call.group
-        for j in range(item.tiles):
-            slot = ring_slot(tile, call.V_STAGES)
-            full = shared.v_full.index(ring_slot(tile, DRIFT))
-            before = tile - call.V_STAGES  # the tile that had this buffer
-            if before >= 0:
-                mbarrier.wait(shared.v_free.index(ring_slot(before, DRIFT)), ring_phase(before, DRIFT))
-                # whoever skipped it has not waited for its copy
-                mbarrier.wait(shared.v_full.index(ring_slot(before, DRIFT)), ring_phase(before, DRIFT))
-            arrive_warp(shared.k_free.index(ring_slot(tile, call.K_STAGES)))
-            wanted = gl.to_tensor(1)
-            if call.ON_DEMAND:
-                if before >= 0:
-                    density += (shared.any_vote(before, call.GROUPS) * DENSITY_ONE - density) // 16
-                if density < DENSITY_DEMAND:
-                    for group in gl.static_range(call.GROUPS):
-                        mbarrier.wait(
-                            shared.voted.index(group * DRIFT + ring_slot(tile, DRIFT)), ring_phase(tile, DRIFT)
-                        )
-                    wanted = shared.any_vote(tile, call.GROUPS)
-            if wanted != 0:
-                load_tile(call.v, item.batch, kv_head, (item.first + j) * call.COLUMNS, full, shared.v.index(slot),
-                          call.COLUMNS, call.HEAD)  # fmt: skip
-            else:
-                arrive_warp(full)
-            tile += 1
-        shared.release_item(sequence)
-        sequence += 1

@@ -7,7 +7,6 @@ of the warp on what each thread holds, and at head size 128 it is taken after th
 """
 
 from hopper_common import (
-    BLOCK_ROWS,
     DRIFT,
     arrive_warp,
     await_phase,
@@ -16,6 +15,7 @@ from hopper_common import (
     ring_phase,
     ring_slot,
 )
+from hopper_queries import item_begun, last_scores_done, receive_queries
 from hopper_softmax import (
     clean_values,
     count_all,
@@ -59,20 +59,20 @@ def _multiply(a, b, c, values, acc):
 
 
 @gluon.jit
-def _start_scores(call, shared, tile, GROUP: gl.constexpr):
+def _start_scores(call, shared, queries, tile):
     """Issues Q K^T."""
-    zeros = gl.full([BLOCK_ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
+    zeros = gl.full([call.ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
     k = shared.k.index(ring_slot(tile, call.K_STAGES))
-    return warpgroup_mma(shared.q.index(GROUP), k.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    return warpgroup_mma(queries, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _issue(call, shared, a, b, c, acc, tile, GROUP: gl.constexpr):
+def _issue(call, shared, queries, a, b, c, acc, tile, GROUP: gl.constexpr):
     """Issues Q K^T of a tile and P V of the one before: the scores, and the output in flight."""
     slot = ring_slot(tile, call.K_STAGES)
     await_phase(shared.k_full.index(slot), ring_phase(tile, call.K_STAGES))
     await_turn(GROUP)
-    scores_token = _start_scores(call, shared, tile, GROUP)
+    scores_token = _start_scores(call, shared, queries, tile)
     acc_token = _multiply(a, b, c, shared.v.index(ring_slot(tile - 1, call.V_STAGES)), acc)
     give_turn((GROUP + 1) % call.GROUPS)
     scores = warpgroup_mma_wait(3, deps=(scores_token,))
@@ -94,10 +94,10 @@ def _finish(call, shared, acc_token, tile):
 
 
 @gluon.jit
-def _step_speculative(call, shared, visible, a, b, c, acc, reference, sums, tile, j, MASKED: gl.constexpr,
+def _step_speculative(call, shared, queries, visible, a, b, c, acc, reference, sums, tile, j, MASKED: gl.constexpr,
                       GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
     """One tile. Exponentials are taken with the old reference before it is known whether a score has outgrown it."""
-    scores, acc_token = _issue(call, shared, a, b, c, acc, tile, GROUP)
+    scores, acc_token = _issue(call, shared, queries, a, b, c, acc, tile, GROUP)
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
     shift = finite(reference)
@@ -106,7 +106,7 @@ def _step_speculative(call, shared, visible, a, b, c, acc, reference, sums, tile
     acc = _finish(call, shared, acc_token, tile)
     b, sums_b = soften(call, second, call.scale_log2, shift, acc, DTYPE)
     c, sums_c = soften(call, last, call.scale_log2, shift, acc, DTYPE)
-    if outgrows(partial_maxima(scores, call.COLUMNS) * call.scale_log2, shift) > 0:
+    if outgrows(partial_maxima(scores) * call.scale_log2, shift) > 0:
         following = gl.maximum(reference, gl.max(scores, 1) * call.scale_log2)
         shift = finite(following)
         alpha = gl.exp2(reference - shift)
@@ -120,13 +120,13 @@ def _step_speculative(call, shared, visible, a, b, c, acc, reference, sums, tile
 
 
 @gluon.jit
-def _step_checked(call, shared, visible, a, b, c, acc, reference, sums, tile, j, MASKED: gl.constexpr,
+def _step_checked(call, shared, queries, visible, a, b, c, acc, reference, sums, tile, j, MASKED: gl.constexpr,
                   GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
     """One tile. The reference is brought up to date first: fewer registers than `_step_speculative`, a longer chain."""
-    scores, acc_token = _issue(call, shared, a, b, c, acc, tile, GROUP)
+    scores, acc_token = _issue(call, shared, queries, a, b, c, acc, tile, GROUP)
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
-    rises = outgrows(partial_maxima(scores, call.COLUMNS) * call.scale_log2, finite(reference))
+    rises = outgrows(partial_maxima(scores) * call.scale_log2, finite(reference))
     following = reference
     if rises > 0:
         following = gl.maximum(reference, gl.max(scores, 1) * call.scale_log2)
@@ -144,18 +144,15 @@ def _step_checked(call, shared, visible, a, b, c, acc, reference, sums, tile, j,
 
 
 @gluon.jit
-def _step(call, shared, visible, a, b, c, acc, reference, sums, tile, j, MASKED: gl.constexpr, GROUP: gl.constexpr,
-          DTYPE: gl.constexpr, SPECULATIVE: gl.constexpr):  # fmt: skip
-    if SPECULATIVE:
-        return _step_speculative(call, shared, visible, a, b, c, acc, reference, sums, tile, j, MASKED, GROUP, DTYPE)
-    else:
-        return _step_checked(call, shared, visible, a, b, c, acc, reference, sums, tile, j, MASKED, GROUP, DTYPE)
+def _step(call, shared, queries, visible, a, b, c, acc, reference, sums, base, j, MASKED: gl.constexpr,
+          GROUP: gl.constexpr, DTYPE: gl.constexpr, SPECULATIVE: gl.constexpr):  # fmt: skip
+    step: gl.constexpr = _step_speculative if SPECULATIVE else _step_checked
+    return step(call, shared, queries, visible, a, b, c, acc, reference, sums, base + j, j, MASKED, GROUP, DTYPE)
 
 
 @gluon.jit
-def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q: gl.constexpr,
-                  SPECULATIVE: gl.constexpr):  # fmt: skip
-    """One consumer warpgroup: 64 rows of every item."""
+def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, SPECULATIVE: gl.constexpr):
+    """One consumer warpgroup: its rows of every item."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.HEAD, 16])
     sequence = 0
     base = 0
@@ -164,19 +161,20 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q
         give_turn(0)
     while shared.receive_item(sequence) != 0:
         item = shared.read_item(sequence)
-        first_row = item.row0 + GROUP * BLOCK_ROWS
-        rows = first_row + gl.arange(0, BLOCK_ROWS, rows_layout(call.COLUMNS))
+        first_row = item.row0 + GROUP * call.ROWS
+        rows = first_row + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
         visible = item.visible_columns(call, rows)
         whole = item.visible_columns(call, first_row) // call.COLUMNS  # tiles that need no mask
 
         slot = ring_slot(base, call.K_STAGES)
-        await_phase(shared.q_full.index(GROUP), sequence & 1)
+        queries = receive_queries(call, shared, sequence, GROUP)
         await_phase(shared.k_full.index(slot), ring_phase(base, call.K_STAGES))
-        scores = warpgroup_mma_wait(0, deps=(_start_scores(call, shared, base, GROUP),))
+        scores = warpgroup_mma_wait(0, deps=(_start_scores(call, shared, queries, base),))
         arrive_warp(shared.k_free.index(slot))
+        item_begun(call, shared, sequence, GROUP)
         if whole == 0:
             scores = hide_columns(scores, 0, visible, call.COLUMNS)
-        acc = gl.full([BLOCK_ROWS, call.HEAD], 0.0, gl.float32, ACC)
+        acc = gl.full([call.ROWS, call.HEAD], 0.0, gl.float32, ACC)
         reference = gl.maximum(first_maximum(item, rows), gl.max(scores, 1) * call.scale_log2)
         reference = gl.maximum(reference, UNSEEN)
         shift = finite(reference)
@@ -190,15 +188,14 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q
         whole = gl.maximum(gl.minimum(whole, item.tiles), 1)
         for j in range(1, whole):
             a, b, c, acc, reference, sums = _step(
-                call, shared, visible, a, b, c, acc, reference, sums, base + j, j, False, GROUP, DTYPE, SPECULATIVE
+                call, shared, queries, visible, a, b, c, acc, reference, sums, base, j, False, GROUP, DTYPE, SPECULATIVE
             )
         for j in range(whole, item.tiles):
             a, b, c, acc, reference, sums = _step(
-                call, shared, visible, a, b, c, acc, reference, sums, base + j, j, True, GROUP, DTYPE, SPECULATIVE
+                call, shared, queries, visible, a, b, c, acc, reference, sums, base, j, True, GROUP, DTYPE, SPECULATIVE
             )
 
-        if not O_IN_Q:
-            arrive_warp(shared.q_free.index(GROUP))
+        last_scores_done(call, shared, sequence, GROUP)
         base += item.tiles
         slot = ring_slot(base - 1, call.V_STAGES)
         cleaned = clean_values(call, shared, item, base - 1, cleaned, GROUP)
@@ -206,7 +203,7 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q
         arrive_warp(shared.v_free.index(ring_slot(base - 1, DRIFT)))
 
         item = shared.read_item(sequence)
-        store_output(call, shared, item, acc, reference, sums, DTYPE, GROUP, O_IN_Q)
+        store_output(call, shared, item, sequence, acc, reference, sums, DTYPE, GROUP)
         count_all(call, item, GROUP)
         shared.release_item(sequence)
         sequence += 1

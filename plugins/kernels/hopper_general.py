@@ -4,15 +4,14 @@ Slower than the others and complete: whatever the specialised kernels leave out 
 """
 
 from hopper_common import (
-    BLOCK_ROWS,
     DRIFT,
     HAS_ADDITIVE_BIAS,
     HAS_BOOL_BIAS,
     HAS_COUNTS,
     arrive_warp,
-    await_phase,
     ring_slot,
 )
+from hopper_queries import item_begun, last_scores_done, receive_queries
 from hopper_skip import finish_scores, start_scores, use_tile
 from hopper_softmax import (
     add_counts,
@@ -61,29 +60,30 @@ def _logits(call, item, scores, rows, visible, column0, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def consume_general(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q: gl.constexpr):
-    """One consumer warpgroup: 64 rows of every item."""
+def consume_general(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
+    """One consumer warpgroup: its rows of every item."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.HEAD, 16])
     sequence = 0
     base = 0
     cleaned = 0
     while shared.receive_item(sequence) != 0:
         item = shared.read_item(sequence)
-        rows = item.row0 + GROUP * BLOCK_ROWS + gl.arange(0, BLOCK_ROWS, rows_layout(call.COLUMNS))
+        rows = item.row0 + GROUP * call.ROWS + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
         visible = item.visible_columns(call, rows)
 
         m = first_maximum(item, rows)
         reference = m
-        sums = no_sums(call.COLUMNS)
-        acc = gl.full([BLOCK_ROWS, call.HEAD], 0.0, gl.float32, ACC)
+        sums = no_sums(call)
+        acc = gl.full([call.ROWS, call.HEAD], 0.0, gl.float32, ACC)
         kept = 0
         exist = 0
-        await_phase(shared.q_full.index(GROUP), sequence & 1)
+        queries = receive_queries(call, shared, sequence, GROUP)
+        item_begun(call, shared, sequence, GROUP)
         for j in range(item.tiles):
             tile = base + j
-            scores = finish_scores(call, shared, start_scores(call, shared, tile, GROUP), tile)
+            scores = finish_scores(call, shared, start_scores(call, shared, queries, tile), tile)
             scores = _logits(call, item, scores, rows, visible, (item.first + j) * call.COLUMNS, DTYPE)
-            maxima = partial_maxima(scores, call.COLUMNS)
+            maxima = partial_maxima(scores)
             keep = any_row(maxima - for_shares(m, maxima) >= item.log2_threshold, GROUP)
             if call.JOINT:
                 post_vote(shared, keep, 2 * tile, GROUP)
@@ -102,10 +102,9 @@ def consume_general(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN
             )
             arrive_warp(shared.v_free.index(ring_slot(tile, DRIFT)))
 
-        if not O_IN_Q:
-            arrive_warp(shared.q_free.index(GROUP))
+        last_scores_done(call, shared, sequence, GROUP)
         item = shared.read_item(sequence)
-        store_output(call, shared, item, acc, reference, sums, DTYPE, GROUP, O_IN_Q)
+        store_output(call, shared, item, sequence, acc, reference, sums, DTYPE, GROUP)
         if call.has(HAS_COUNTS):
             add_counts(call, item, exist - kept, exist, GROUP)
         shared.release_item(sequence)

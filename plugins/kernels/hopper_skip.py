@@ -1,13 +1,19 @@
-"""Skipping schedules: the product with K always, the softmax and the product with V only for tiles that are kept.
+"""Skipping schedule: the product with K always, the softmax and the product with V only for tiles that are kept.
 
-`consume_skip` keeps the next tile's product with K in flight over the maximum, the vote and the branch; it is unrolled
-by two, so that the two score buffers never move between registers. `consume_plain` has no overlap inside a warpgroup
-and needs fewer registers: the other warpgroups fill the tensor cores. Both end every product with V inside its branch,
-because one in flight across a merge of control flow makes ptxas serialise all of them. Inside it, the product of a
-quarter of the tile's columns runs under the exponentials of the next quarter.
+The next tile's product with K is in flight over the maximum, the vote and the branch; the loop is unrolled by two, so
+that the two score buffers never move between registers. Every product with V ends inside its branch, because one in
+flight across a merge of control flow makes ptxas serialise all of them. Inside it, the product of a quarter of the
+tile's columns runs under the exponentials of the next quarter. `hopper_plain` has the schedules without such overlap.
 """
 
-from hopper_common import BLOCK_ROWS, DRIFT, arrive_warp, await_phase, ring_phase, ring_slot
+from hopper_common import (
+    DRIFT,
+    arrive_warp,
+    await_phase,
+    ring_phase,
+    ring_slot,
+)
+from hopper_queries import item_begun, last_scores_done, receive_queries
 from hopper_softmax import (
     clean_values,
     count_kept,
@@ -32,13 +38,12 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 
 
 @gluon.jit
-def start_scores(call, shared, tile, GROUP: gl.constexpr):
+def start_scores(call, shared, queries, tile):
     """Issues Q K^T of a tile."""
     slot = ring_slot(tile, call.K_STAGES)
-    zeros = gl.full([BLOCK_ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
+    zeros = gl.full([call.ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
     await_phase(shared.k_full.index(slot), ring_phase(tile, call.K_STAGES))
-    return warpgroup_mma(shared.q.index(GROUP), shared.k.index(slot).permute((1, 0)), zeros, use_acc=False,
-                         is_async=True)  # fmt: skip
+    return warpgroup_mma(queries, shared.k.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -82,14 +87,48 @@ def use_tile(call, shared, scores, scale, maxima, keep, m, reference, sums, acc,
 
 
 @gluon.jit
-def _step(call, shared, item, visible, scores, m, reference, sums, acc, kept, base, j, MASKED: gl.constexpr,
+def begin_item(call, item, GROUP: gl.constexpr):
+    """What each row sees, how many tiles all rows see whole, and the state before the first tile."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.HEAD, 16])
+    first_row = item.row0 + GROUP * call.ROWS
+    rows = first_row + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
+    whole = item.visible_columns(call, first_row) // call.COLUMNS
+    acc = gl.full([call.ROWS, call.HEAD], 0.0, gl.float32, ACC)
+    return item.visible_columns(call, rows), whole, first_maximum(item, rows), no_sums(call), acc
+
+
+@gluon.jit
+def use_last_tile(call, shared, item, visible, scores, m, reference, sums, acc, kept, cleaned, tile,
+                  GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+    """The item's last tile: something of it may be hidden, and V beyond `kv_lengths` is zeroed."""
+    scores = hide_columns(scores, (item.tiles - 1) * call.COLUMNS, visible, call.COLUMNS)
+    maxima = partial_maxima(scores) * call.scale_log2
+    keep = decide(call, shared, maxima, m, item.log2_threshold, tile, GROUP)
+    cleaned = clean_values(call, shared, item, tile, cleaned, GROUP)
+    m, reference, sums, acc, kept = use_tile(
+        call, shared, scores, call.scale_log2, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
+    )
+    arrive_warp(shared.v_free.index(ring_slot(tile, DRIFT)))
+    return reference, sums, acc, kept, cleaned
+
+
+@gluon.jit
+def end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE: gl.constexpr, GROUP: gl.constexpr):
+    item = shared.read_item(sequence)
+    store_output(call, shared, item, sequence, acc, reference, sums, DTYPE, GROUP)
+    count_kept(call, item, kept, GROUP)
+    shared.release_item(sequence)
+
+
+@gluon.jit
+def _step(call, shared, item, queries, scores, m, reference, sums, acc, kept, base, visible, j, MASKED: gl.constexpr,
           GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
     """Tile j, with the scores of tile j + 1 computed meanwhile."""
     tile = base + j
-    token = start_scores(call, shared, tile + 1, GROUP)
+    token = start_scores(call, shared, queries, tile + 1)
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
-    maxima = partial_maxima(scores, call.COLUMNS) * call.scale_log2
+    maxima = partial_maxima(scores) * call.scale_log2
     keep = decide(call, shared, maxima, m, item.log2_threshold, tile, GROUP)
     m, reference, sums, acc, kept = use_tile(
         call, shared, scores, call.scale_log2, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
@@ -100,98 +139,40 @@ def _step(call, shared, item, visible, scores, m, reference, sums, acc, kept, ba
 
 
 @gluon.jit
-def consume_skip(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q: gl.constexpr):
-    """One consumer warpgroup: 64 rows of every item."""
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.HEAD, 16])
+def consume_skip(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
+    """One consumer warpgroup: its rows of every item."""
     sequence = 0
     base = 0
     cleaned = 0
     while shared.receive_item(sequence) != 0:
         item = shared.read_item(sequence)
-        first_row = item.row0 + GROUP * BLOCK_ROWS
-        rows = first_row + gl.arange(0, BLOCK_ROWS, rows_layout(call.COLUMNS))
-        visible = item.visible_columns(call, rows)
-        whole = item.visible_columns(call, first_row) // call.COLUMNS
-        whole = gl.minimum(whole, item.tiles - 1)  # the last tile has its own step
-
-        m = first_maximum(item, rows)
+        visible, whole, m, sums, acc = begin_item(call, item, GROUP)
         reference = m
-        sums = no_sums(call.COLUMNS)
-        acc = gl.full([BLOCK_ROWS, call.HEAD], 0.0, gl.float32, ACC)
         kept = 0
-        await_phase(shared.q_full.index(GROUP), sequence & 1)
-        scores = finish_scores(call, shared, start_scores(call, shared, base, GROUP), base)
+        whole = gl.minimum(whole, item.tiles - 1)  # the last tile has its own step
+        queries = receive_queries(call, shared, sequence, GROUP)
+        scores = finish_scores(call, shared, start_scores(call, shared, queries, base), base)
+        item_begun(call, shared, sequence, GROUP)
         for pair in range(whole // 2):
             odd, m, reference, sums, acc, kept = _step(
-                call, shared, item, visible, scores, m, reference, sums, acc, kept, base, 2 * pair, False, GROUP, DTYPE
-            )
+                call, shared, item, queries, scores, m, reference, sums, acc, kept, base, visible, 2 * pair, False,
+                GROUP, DTYPE,
+            )  # fmt: skip
             scores, m, reference, sums, acc, kept = _step(
-                call, shared, item, visible, odd, m, reference, sums, acc, kept, base, 2 * pair + 1, False, GROUP, DTYPE
-            )
+                call, shared, item, queries, odd, m, reference, sums, acc, kept, base, visible, 2 * pair + 1, False,
+                GROUP, DTYPE,
+            )  # fmt: skip
         for j in range(whole // 2 * 2, item.tiles - 1):
             scores, m, reference, sums, acc, kept = _step(
-                call, shared, item, visible, scores, m, reference, sums, acc, kept, base, j, True, GROUP, DTYPE
-            )
+                call, shared, item, queries, scores, m, reference, sums, acc, kept, base, visible, j, True,
+                GROUP, DTYPE,
+            )  # fmt: skip
 
-        if not O_IN_Q:
-            arrive_warp(shared.q_free.index(GROUP))
+        last_scores_done(call, shared, sequence, GROUP)
         last = base + item.tiles - 1
-        scores = hide_columns(scores, (item.tiles - 1) * call.COLUMNS, visible, call.COLUMNS)
-        maxima = partial_maxima(scores, call.COLUMNS) * call.scale_log2
-        keep = decide(call, shared, maxima, m, item.log2_threshold, last, GROUP)
-        cleaned = clean_values(call, shared, item, last, cleaned, GROUP)
-        m, reference, sums, acc, kept = use_tile(
-            call, shared, scores, call.scale_log2, maxima, keep, m, reference, sums, acc, kept, last, DTYPE
+        reference, sums, acc, kept, cleaned = use_last_tile(
+            call, shared, item, visible, scores, m, reference, sums, acc, kept, cleaned, last, GROUP, DTYPE
         )
-        arrive_warp(shared.v_free.index(ring_slot(last, DRIFT)))
-
-        item = shared.read_item(sequence)
-        store_output(call, shared, item, acc, reference, sums, DTYPE, GROUP, O_IN_Q)
-        count_kept(call, item, kept, GROUP)
-        shared.release_item(sequence)
-        base += item.tiles
-        sequence += 1
-
-
-@gluon.jit
-def consume_plain(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, O_IN_Q: gl.constexpr):
-    """As `consume_skip`, one tile after the other."""
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.HEAD, 16])
-    sequence = 0
-    base = 0
-    cleaned = 0
-    while shared.receive_item(sequence) != 0:
-        item = shared.read_item(sequence)
-        first_row = item.row0 + GROUP * BLOCK_ROWS
-        rows = first_row + gl.arange(0, BLOCK_ROWS, rows_layout(call.COLUMNS))
-        visible = item.visible_columns(call, rows)
-        whole = item.visible_columns(call, first_row) // call.COLUMNS
-
-        m = first_maximum(item, rows)
-        reference = m
-        sums = no_sums(call.COLUMNS)
-        acc = gl.full([BLOCK_ROWS, call.HEAD], 0.0, gl.float32, ACC)
-        kept = 0
-        await_phase(shared.q_full.index(GROUP), sequence & 1)
-        for j in range(item.tiles):
-            tile = base + j
-            scores = finish_scores(call, shared, start_scores(call, shared, tile, GROUP), tile)
-            if j >= whole:
-                scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
-            maxima = partial_maxima(scores, call.COLUMNS) * call.scale_log2
-            keep = decide(call, shared, maxima, m, item.log2_threshold, tile, GROUP)
-            if j == item.tiles - 1:
-                cleaned = clean_values(call, shared, item, tile, cleaned, GROUP)
-            m, reference, sums, acc, kept = use_tile(
-                call, shared, scores, call.scale_log2, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
-            )
-            arrive_warp(shared.v_free.index(ring_slot(tile, DRIFT)))
-
-        if not O_IN_Q:
-            arrive_warp(shared.q_free.index(GROUP))
-        item = shared.read_item(sequence)
-        store_output(call, shared, item, acc, reference, sums, DTYPE, GROUP, O_IN_Q)
-        count_kept(call, item, kept, GROUP)
-        shared.release_item(sequence)
+        end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE, GROUP)
         base += item.tiles
         sequence += 1

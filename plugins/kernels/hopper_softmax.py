@@ -9,7 +9,6 @@ and what is multiplied with V carry the same factor, so nothing but rounding cha
 """
 
 from hopper_common import (
-    BLOCK_ROWS,
     COUNTS_128_ROWS,
     DRIFT,
     HAS_COUNTS,
@@ -22,6 +21,7 @@ from hopper_common import (
     ring_phase,
     ring_slot,
 )
+from hopper_queries import output_buffer, output_sent
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
@@ -41,18 +41,29 @@ def rows_layout(columns):
 
 
 @gluon.constexpr_function
-def _vote_asm(barrier):
-    # a thread holds two of the warpgroup's 64 rows
+def _any_asm(rows, vote):
+    """`vote` on whether any of the bools of a thread holds, which are one for every 32 rows."""
+    join = "".join(f" or.b32 any, any, ${n + 2};" for n in range(rows // 32 - 1))
     return (
-        "{ .reg .pred wanted; .reg .b32 any; or.b32 any, $1, $2; setp.ne.b32 wanted, any, 0;"
-        f" barrier.cta.red.or.pred wanted, {barrier}, 128, wanted; selp.s32 $0, 1, 0, wanted; }}"
+        f"{{ .reg .pred wanted; .reg .b32 any; mov.b32 any, $1;{join} setp.ne.b32 wanted, any, 0;"
+        f" {vote} selp.s32 $0, 1, 0, wanted; }}"
     )
+
+
+@gluon.constexpr_function
+def _vote_asm(rows, barrier):
+    return _any_asm(rows, f"barrier.cta.red.or.pred wanted, {barrier}, 128, wanted;")
+
+
+@gluon.constexpr_function
+def _warp_vote_asm(rows):
+    return _any_asm(rows, "vote.sync.any.pred wanted, wanted, 0xffffffff;")
 
 
 @gluon.jit
 def any_row(wants, GROUP: gl.constexpr):
-    """1 if `wants` (two bools a thread) holds anywhere in this warpgroup, else 0: one hardware barrier with a vote."""
-    ASM: gl.constexpr = _vote_asm(VOTE_BARRIER + GROUP)
+    """1 if `wants` (a bool a thread and 32 rows) holds anywhere in this warpgroup, else 0: one barrier with a vote."""
+    ASM: gl.constexpr = _vote_asm(wants.shape[0], VOTE_BARRIER + GROUP)
     return gl.inline_asm(ASM, ("=r", "r"), [wants.to(gl.int32)], gl.int32, is_pure=False)
 
 
@@ -100,37 +111,34 @@ def decide(call, shared, maxima, m, log2_threshold, tile, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def partial_sums(p, COLUMNS: gl.constexpr):
+def partial_sums(p):
     """Row sums over the columns a thread holds: `[rows, 4]`, one per thread of a quad."""
-    return gl.sum(gl.sum(gl.reshape(p, [BLOCK_ROWS, COLUMNS // 8, 4, 2]), 3), 1)
+    return gl.sum(gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
-def partial_maxima(scores, COLUMNS: gl.constexpr):
+def partial_maxima(scores):
     """Row maxima over the columns a thread holds, as `partial_sums`: no thread waits for another."""
-    return gl.max(gl.max(gl.reshape(scores, [BLOCK_ROWS, COLUMNS // 8, 4, 2]), 3), 1)
+    return gl.max(gl.max(gl.reshape(scores, [scores.shape[0], scores.shape[1] // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
 def halves(x, LAYOUT: gl.constexpr):
     """The two halves of the columns; no data moves."""
-    first, second = gl.split(gl.permute(gl.reshape(x, [BLOCK_ROWS, 2, x.shape[1] // 2]), (0, 2, 1)))
+    first, second = gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
     return gl.convert_layout(first, LAYOUT, assert_trivial=True), gl.convert_layout(second, LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
-def no_sums(COLUMNS: gl.constexpr):
-    return partial_sums(gl.full([BLOCK_ROWS, COLUMNS], 0.0, gl.float32, scores_layout(COLUMNS)), COLUMNS)
+def no_sums(call):
+    return partial_sums(gl.full([call.ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS)))
 
 
 @gluon.jit
 def any_row_of_warp(wants):
-    """1 if `wants` (two bools a thread) holds anywhere in this warp, else 0."""
-    return gl.inline_asm(
-        "{ .reg .pred wanted; .reg .b32 any; or.b32 any, $1, $2; setp.ne.b32 wanted, any, 0;"
-        " vote.sync.any.pred wanted, wanted, 0xffffffff; selp.s32 $0, 1, 0, wanted; }",
-        ("=r", "r"), [wants.to(gl.int32)], gl.int32, is_pure=False,
-    )  # fmt: skip
+    """1 if `wants` (a bool a thread and 32 rows) holds anywhere in this warp, else 0."""
+    ASM: gl.constexpr = _warp_vote_asm(wants.shape[0])
+    return gl.inline_asm(ASM, ("=r", "r"), [wants.to(gl.int32)], gl.int32, is_pure=False)
 
 
 @gluon.jit
@@ -143,8 +151,8 @@ def finite(reference):
 def soften(call, scores, scale, shift, acc, DTYPE: gl.constexpr):
     """`(operand, sums)` of some columns: 2 ** (scores - shift) for the product with V, and its row sums."""
     p = gl.exp2(scores * scale - gl.convert_layout(shift, gl.SliceLayout(1, scores.type.layout))[:, None])
-    SUMS: gl.constexpr = no_sums(call.COLUMNS).type.layout
-    return as_operand(p, acc, DTYPE), gl.convert_layout(partial_sums(p, p.shape[1]), SUMS, assert_trivial=True)
+    SUMS: gl.constexpr = no_sums(call).type.layout
+    return as_operand(p, acc, DTYPE), gl.convert_layout(partial_sums(p), SUMS, assert_trivial=True)
 
 
 @gluon.jit
@@ -223,12 +231,10 @@ def clean_values(call, shared, item, tile, cleaned, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def store_output(
-    call, shared, item, acc, reference, sums, DTYPE: gl.constexpr, GROUP: gl.constexpr, O_IN_Q: gl.constexpr
-):
-    """Normalises and writes 64 rows; the copy engine clips what lies beyond the tensor."""
+def store_output(call, shared, item, sequence, acc, reference, sums, DTYPE: gl.constexpr, GROUP: gl.constexpr):
+    """Normalises and writes the warpgroup's rows; the copy engine clips what lies beyond the tensor."""
     ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    rows = item.row0 + GROUP * BLOCK_ROWS + gl.arange(0, BLOCK_ROWS, rows_layout(call.COLUMNS))
+    rows = item.row0 + GROUP * call.ROWS + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
     total = gl.convert_layout(gl.sum(sums, 1), rows.type.layout)
     if call.has(HAS_LSE):
         value = gl.where(total > 0, (reference + gl.log2(total)) * 0.6931471805599453, float("-inf"))
@@ -246,17 +252,11 @@ def store_output(
     if empty > 0:  # a row without weight is zero whatever a NaN in V made of its sum
         acc = gl.where(weight == 0.0, 0.0, acc)
     out = acc.to(DTYPE)
-    if O_IN_Q:
-        stage = shared.q.index(GROUP)
-    else:
-        stage = shared.o.index(GROUP)
-        tma.store_wait(0)  # the previous item's rows have left the buffer
+    stage = output_buffer(call, shared, sequence, GROUP)
     stage.store(out)
     fence_async_shared()
-    tma.async_store(call.o, [item.batch, item.head, item.row0 + GROUP * BLOCK_ROWS, 0], stage)
-    if O_IN_Q:
-        tma.store_wait(0)
-        arrive_warp(shared.q_free.index(GROUP))
+    tma.async_store(call.o, [item.batch, item.head, item.row0 + GROUP * call.ROWS, 0], stage)
+    output_sent(call, shared, sequence, GROUP)
 
 
 @gluon.jit
@@ -265,8 +265,8 @@ def existing_tiles(call, item, GROUP: gl.constexpr):
 
     For kernels in which what a row sees is a number of columns. 0 where no decision begins with these rows.
     """
-    first = item.row0 + GROUP * BLOCK_ROWS
-    rows = gl.where(call.has(COUNTS_128_ROWS), 2 * BLOCK_ROWS, BLOCK_ROWS)
+    first = item.row0 + GROUP * call.ROWS
+    rows = gl.where(call.has(COUNTS_128_ROWS), 128, 64)
     last = gl.minimum(first + rows, item.q_end) - 1
     tiles = gl.cdiv(item.visible_columns(call, last), TILE_COLUMNS)
     return gl.where((first % rows == 0) & (last >= first), tiles, 0)

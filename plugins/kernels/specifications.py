@@ -11,7 +11,7 @@ from dataclasses import dataclass
 DTYPES = ("fp16", "bf16")
 HEADS = (64, 128, 256)
 ACCEPTED_SPILLS = {
-    ("dense", 64): 160, ("skip", 64): 32, ("general", 64): 2560,
+    ("dense", 64): 160, ("skip", 64): 160, ("general", 64): 2560,
     ("dense", 128): 32, ("skip", 128): 128, ("general", 128): 3328,
     ("dense", 256): 64, ("skip", 256): 128, ("general", 256): 8192,
 }  # fmt: skip
@@ -25,16 +25,18 @@ class Specialisation:
     Args:
         dtype: "fp16" or "bf16".
         head: head size in shared memory; smaller heads are zero-filled by the copy engine.
-        schedule: "dense", "skip" (overlapped), "plain" (skips, no overlap inside a warpgroup) or "general".
+        schedule: "dense", "skip" (overlapped), "plain" or "wide" (skip, without overlap inside a warpgroup) or
+            "general".
         causal: compiled for causal attention ("general" asks at run time).
         joint: decides 128 rows (two warpgroups together) instead of 64.
-        groups: consumer warpgroups of 64 query rows each.
+        groups: consumer warpgroups.
+        group_rows: query rows of each, 64, or 128 that decide without another warpgroup.
         columns: key columns of a loaded tile.
+        queries: buffers of Q and the output, "double", "apart" or "shared" (kernels/hopper_queries.py).
         key_stages: tiles of K in flight.
         value_stages: tiles of V in flight.
         registers: registers a thread of a consumer may use.
         spills: bytes of spilled registers that are accepted; more fails the build.
-        output_in_q: the output is staged in Q's shared memory, where there is no room of its own for it.
         speculative: the dense schedule takes exponentials before it checks their reference.
         on_demand: while few tiles are kept, V is loaded only once a tile is.
     """
@@ -45,12 +47,13 @@ class Specialisation:
     causal: bool
     joint: bool
     groups: int
+    group_rows: int
     columns: int
+    queries: str
     key_stages: int
     value_stages: int
     registers: int
     spills: int
-    output_in_q: bool
     speculative: bool
     on_demand: bool
 
@@ -66,21 +69,23 @@ class Specialisation:
 
 def _specialise(dtype: str, head: int, role: str, causal: bool, joint: bool) -> Specialisation:
     """`role` is what the kernel is chosen for: "dense", "skip" or "general"."""
-    groups, columns, keys, values, registers, schedule = 2, 128, 3, 2, 240, role
+    groups, group_rows, columns, keys, values, registers, schedule = 2, 64, 128, 3, 2, 240, role
+    queries = "apart" if role == "dense" else "double"
     if head == 64:
         keys, values = (2, 2) if role == "general" else (4, 4)
         if role == "dense":
             groups, registers = 3, 160
+        if role == "skip" and joint:
+            schedule, group_rows, queries = "wide", 128, "apart"
     if head == 256:
-        keys, values = 1, 1
+        queries, keys, values = "shared", 1, 1
         if role == "dense":
             columns, keys, values = 64, 2, 2
         if role == "skip":
             schedule = "plain"
     return Specialisation(
-        dtype, head, schedule, causal, joint, groups, columns, keys, values, registers, ACCEPTED_SPILLS[role, head],
-        output_in_q=head == 256, speculative=head == 128,
-        on_demand=role == "skip" and head == 128 and causal,
+        dtype, head, schedule, causal, joint, groups, group_rows, columns, queries, keys, values, registers,
+        ACCEPTED_SPILLS[role, head], speculative=head == 128, on_demand=role == "skip" and head == 128,
     )  # fmt: skip
 
 

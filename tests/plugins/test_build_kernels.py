@@ -29,7 +29,8 @@ def test_every_combination_is_listed_once() -> None:
         assert spec.schedule != "dense" or spec.value_stages >= 2
         # a warpgroup's 128 threads, the producers' 24 registers: the register file has 64 K
         assert (spec.groups * spec.registers + 24) * 128 <= 65536
-        tiles = (spec.key_stages + spec.value_stages) * spec.columns + 64 * spec.groups * (1 if spec.output_in_q else 2)
+        buffers = 1 if spec.queries == "shared" else 2
+        tiles = (spec.key_stages + spec.value_stages) * spec.columns + spec.group_rows * spec.groups * buffers
         assert tiles * spec.head * 2 < 232448 - 1024
 
 

@@ -1,0 +1,99 @@
+"""Skipping schedules without overlap inside a warpgroup: fewer registers, and the other one fills the tensor cores.
+
+`consume_plain` is for heads of 256, whose output takes half of the registers. `consume_wide` is for decisions of 128
+rows at heads of 64: a warpgroup has all 128 rows, so that nobody waits for another's vote, and what a tile costs beside
+its products is paid once for twice the rows.
+"""
+
+from hopper_common import DRIFT, arrive_warp, ring_slot
+from hopper_queries import item_begun, last_scores_done, receive_queries
+from hopper_skip import begin_item, end_item, finish_scores, start_scores, use_last_tile, use_tile
+from hopper_softmax import clean_values, decide, hide_columns, partial_maxima
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def consume_plain(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
+    """One loop, for few registers: whether a tile needs a mask is asked at every tile."""
+    sequence = 0
+    base = 0
+    cleaned = 0
+    while shared.receive_item(sequence) != 0:
+        item = shared.read_item(sequence)
+        visible, whole, m, sums, acc = begin_item(call, item, GROUP)
+        reference = m
+        kept = 0
+        queries = receive_queries(call, shared, sequence, GROUP)
+        item_begun(call, shared, sequence, GROUP)
+        for j in range(item.tiles):
+            tile = base + j
+            scores = finish_scores(call, shared, start_scores(call, shared, queries, tile), tile)
+            if j >= whole:
+                scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
+            maxima = partial_maxima(scores) * call.scale_log2
+            keep = decide(call, shared, maxima, m, item.log2_threshold, tile, GROUP)
+            if j == item.tiles - 1:
+                cleaned = clean_values(call, shared, item, tile, cleaned, GROUP)
+            m, reference, sums, acc, kept = use_tile(
+                call, shared, scores, call.scale_log2, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
+            )
+            arrive_warp(shared.v_free.index(ring_slot(tile, DRIFT)))
+
+        last_scores_done(call, shared, sequence, GROUP)
+        end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE, GROUP)
+        base += item.tiles
+        sequence += 1
+
+
+@gluon.jit
+def _wide_step(call, shared, item, queries, m, reference, sums, acc, kept, base, visible, j, MASKED: gl.constexpr,
+               GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+    tile = base + j
+    scores = finish_scores(call, shared, start_scores(call, shared, queries, tile), tile)
+    if MASKED:
+        scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
+    maxima = partial_maxima(scores) * call.scale_log2
+    keep = decide(call, shared, maxima, m, item.log2_threshold, tile, GROUP)
+    m, reference, sums, acc, kept = use_tile(
+        call, shared, scores, call.scale_log2, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
+    )
+    arrive_warp(shared.v_free.index(ring_slot(tile, DRIFT)))
+    return m, reference, sums, acc, kept
+
+
+@gluon.jit
+def consume_wide(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
+    """A loop for tiles that every row sees whole, one for the others, and the last tile.
+
+    Nothing in the first but the vote decides a branch: where ptxas cannot see that all threads of a warp branch alike,
+    it moves every operand address through vector registers.
+    """
+    sequence = 0
+    base = 0
+    cleaned = 0
+    while shared.receive_item(sequence) != 0:
+        item = shared.read_item(sequence)
+        visible, whole, m, sums, acc = begin_item(call, item, GROUP)
+        whole = gl.minimum(whole, item.tiles - 1)
+        reference = m
+        kept = 0
+        queries = receive_queries(call, shared, sequence, GROUP)
+        item_begun(call, shared, sequence, GROUP)
+        for j in range(whole):
+            m, reference, sums, acc, kept = _wide_step(
+                call, shared, item, queries, m, reference, sums, acc, kept, base, visible, j, False, GROUP, DTYPE
+            )
+        for j in range(whole, item.tiles - 1):
+            m, reference, sums, acc, kept = _wide_step(
+                call, shared, item, queries, m, reference, sums, acc, kept, base, visible, j, True, GROUP, DTYPE
+            )
+        last = base + item.tiles - 1
+        scores = finish_scores(call, shared, start_scores(call, shared, queries, last), last)
+        last_scores_done(call, shared, sequence, GROUP)
+        reference, sums, acc, kept, cleaned = use_last_tile(
+            call, shared, item, visible, scores, m, reference, sums, acc, kept, cleaned, last, GROUP, DTYPE
+        )
+        end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE, GROUP)
+        base += item.tiles
+        sequence += 1
