@@ -77,7 +77,7 @@ def test_skip(dtype: torch.dtype, size: int, causal: bool, br: int) -> None:
 @pytest.mark.parametrize("br", [64, 128])
 @pytest.mark.parametrize("keep", [0.02, 0.1])
 def test_long_runs_of_skipped_tiles(causal: bool, br: int, keep: float) -> None:
-    """At head size 128 (not causal: beyond 16384 keys) V is then loaded of kept tiles only; at 0.1 it goes to and fro."""
+    """At head size 128 (not causal: beyond 16384 keys) V is then loaded of kept tiles only; at 0.1 to and fro."""
     q, k, v = planted(1, 8, 4, 2000, 17000, 128, keep=keep)
     skipped, exist = run(q, k, v, threshold=THRESHOLD, br=br, is_causal=causal)[1].sum(0).tolist()
     assert skipped > 0.5 * exist
