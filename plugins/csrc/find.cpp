@@ -11,7 +11,7 @@ bool fits(Kernel const& kernel, Wanted const& wanted)
     bool const prefill = wanted.family != Family::kDECODE;
     return kernel.family == wanted.family && kernel.dtype == wanted.dtype && kernel.head == wanted.head
         && kernel.role == wanted.role && (!prefill || wanted.role == 'g' || kernel.causal == wanted.causal)
-        && (!prefill || wanted.role == 'd' || kernel.joint == wanted.joint);
+        && (!prefill || wanted.role == 'd' || kernel.joint == wanted.joint) && kernel.rows <= wanted.maxRows;
 }
 
 } // namespace
@@ -48,15 +48,17 @@ std::vector<int> capabilitiesCompiled()
 
 Kernel const* find(Wanted const& wanted)
 {
+    Kernel const* found = nullptr;
     for (std::size_t i = 0; i < kKERNEL_COUNT; ++i)
     {
         Kernel const& kernel = kKERNELS[i];
-        if (fits(kernel, wanted) && (wanted.capability == 0 || kernel.runsOn(wanted.capability)))
+        if (fits(kernel, wanted) && (wanted.capability == 0 || kernel.runsOn(wanted.capability))
+            && (found == nullptr || kernel.rows > found->rows))
         {
-            return &kernel;
+            found = &kernel;
         }
     }
-    return nullptr;
+    return found;
 }
 
 std::string whyMissing(Wanted const& wanted)

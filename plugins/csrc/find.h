@@ -3,6 +3,7 @@
 
 #include "kernel_table.h"
 
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -26,9 +27,10 @@ struct Wanted {
     char role;
     bool causal{false};
     bool joint{false};
+    int maxRows{std::numeric_limits<int>::max()}; // query rows of a work item at most
 };
 
-// The first kernel of the table that fits, or null. `causal` and `joint` are compared where the role depends on them:
+// The kernel that fits, of several the one with the largest work items, or null. `causal` and `joint` are compared where the role depends on them:
 // a general prefill kernel asks for causality at run time, a dense one decides nothing.
 Kernel const* find(Wanted const& wanted);
 

@@ -14,6 +14,7 @@ namespace {
 constexpr int kMAX_HEAD = 256;
 constexpr int kTILE_COLUMNS = 128;
 constexpr int kHOPPER = 90;                          // compute capability, times ten
+constexpr int kSMALL_ROWS = 128; // query rows of a work item where a call has few of them
 constexpr std::int64_t kPREFILL_ROW_STRIDE = 1 << 24; // offsets within 128 rows of K or V have 32 bits there
 
 // Whether the portable kernels are to be tried where Hopper's would run. Only a library that was built for it asks.
@@ -158,6 +159,15 @@ bool choosePortable(bsa_params const& p, int capability, Choice& choice, std::st
         choice.kernels[0], reason);
 }
 
+// Whether work items of kSMALL_ROWS rows occupy the multiprocessors once at most: larger ones would leave half of them
+// idle. A constant of the H100, so that a call runs the same kernel on every device.
+bool isSmall(bsa_params const& p)
+{
+    constexpr std::int64_t kMULTIPROCESSORS = 132;
+    std::int64_t const blocks = (static_cast<std::int64_t>(p.seq_q) + kSMALL_ROWS - 1) / kSMALL_ROWS;
+    return blocks * p.batch * p.heads_q <= kMULTIPROCESSORS;
+}
+
 bool chooseHopper(bsa_params const& p, int capability, Choice& choice, std::string& reason)
 {
     Threshold const threshold{p};
@@ -170,7 +180,12 @@ bool chooseHopper(bsa_params const& p, int capability, Choice& choice, std::stri
     {
         return want('g', choice.kernels[0]);
     }
-    return (threshold.neverSkips || want('s', choice.kernels[0]))
+    if (!threshold.neverSkips && isSmall(p))
+    {
+        choice.kernels[0] = find({Family::kHOPPER, capability, p.dtype, paddedHead(p), 's', p.is_causal != 0,
+            decidesJointly(p), kSMALL_ROWS});
+    }
+    return (threshold.neverSkips || choice.kernels[0] != nullptr || want('s', choice.kernels[0]))
         && (!(threshold.neverSkips || threshold.mayBeDense) || want('d', choice.kernels[1]));
 }
 

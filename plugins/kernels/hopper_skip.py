@@ -6,13 +6,7 @@ flight across a merge of control flow makes ptxas serialise all of them. Inside 
 tile's columns runs under the exponentials of the next quarter. `hopper_plain` has the schedules without such overlap.
 """
 
-from hopper_common import (
-    DRIFT,
-    arrive_warp,
-    await_phase,
-    ring_phase,
-    ring_slot,
-)
+from hopper_common import DRIFT, arrive_warp, await_phase, ring_phase, ring_slot
 from hopper_queries import item_begun, last_scores_done, receive_queries
 from hopper_softmax import (
     clean_values,

@@ -75,6 +75,33 @@ def test_long_runs_of_skipped_tiles(prefill: Emulation, br: int, causal: bool, t
     assert 0.7 < skipped / exist < 0.95
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("batch", "heads", "rows"), [(1, 67, 200), (1, 45, 257), (1, 66, 200)])
+def test_the_rows_of_a_warpgroup_follow_the_size_of_the_call(
+    emulation: Emulation, causal: bool, batch: int, heads: int, rows: int
+) -> None:
+    """At D = 64 and 128 x 128: 128 rows where blocks of 128 are more than an H100 has multiprocessors, else 64."""
+    q, k, v = inputs(batch, heads, 1, rows, 400, 64, keep=0.2, split=0)
+    out, counts, _ = check(emulation, q, k, v, threshold=THRESHOLD, br=128, is_causal=causal)
+    kernel, _ = emulation.launched[0]
+    assert kernel.split("_")[3] == ("wide" if batch * heads * -(-rows // 128) > 132 else "skip")
+    assert int(counts[:, 0].sum()) > 0
+    again = emulation.run(q, k, v, threshold=THRESHOLD, br=128, is_causal=causal, seed=1)  # another order of events
+    assert torch.equal(out, again[0]) and torch.equal(counts, again[1])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_lengths_in_a_call_with_many_rows(emulation: Emulation, causal: bool) -> None:
+    q, k, v = inputs(4, 17, 1, 200, 400, 64, keep=0.2)
+    lengths = {"kv_lengths": [400, 257, 0, 77], "q_lengths": [200, 65, 100, 0], "q_start": [200, 192, 0, -30]}
+    options = {name: torch.tensor(values, dtype=torch.int32) for name, values in lengths.items()}
+    clean = q.clone(), k.clone(), v.clone()
+    for b, (keys, rows) in enumerate(zip(lengths["kv_lengths"], lengths["q_lengths"], strict=True)):
+        k[b, :, keys:], v[b, :, keys:], q[b, :, rows:] = float("nan"), float("inf"), float("nan")
+    check(emulation, q, k, v, clean=clean, threshold=THRESHOLD, br=128, is_causal=causal, **options)
+    assert "wide" in emulation.launched[0][0]
+
+
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("lam", [0.0, THRESHOLD])
 def test_maxima_that_rise_in_every_tile(prefill: Emulation, size: int, lam: float) -> None:

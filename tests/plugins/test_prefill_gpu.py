@@ -73,6 +73,20 @@ def test_skip(dtype: torch.dtype, size: int, causal: bool, br: int) -> None:
         check(q, k, v, is_causal=causal, threshold=THRESHOLD, br=br, must_skip=columns >= 511)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [False, True])
+def test_calls_with_many_rows(dtype: torch.dtype, causal: bool, lengths: bool) -> None:
+    """At head size 64 and 128 x 128 Hopper has kernels of their own for calls with more than 132 blocks of 128 rows."""
+    for rows, columns in [(113, 203), (300, 64), (511, 511), (700, 3000), (1025, 1025)]:
+        q, k, v = planted(4, 36, 4, rows, columns, 64, dtype=dtype)
+        options: dict[str, Any] = {"is_causal": causal}
+        if lengths:
+            entries = [columns, columns // 2, 0, 1]
+            options["kv_lengths"] = torch.tensor(entries, dtype=torch.int32, device="cuda")
+        check(q, k, v, threshold=THRESHOLD, br=128, must_skip=columns >= 511 and not lengths, **options)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("br", [64, 128])
 @pytest.mark.parametrize("keep", [0.02, 0.1])
