@@ -69,7 +69,7 @@ def _signature(spec: Specialisation, gl: Any) -> tuple[dict[str, str], dict[str,
         "DTYPE": gl.float16 if spec.dtype == "fp16" else gl.bfloat16, "HEAD": spec.head, "GROUPS": spec.groups,
         "ROWS": spec.group_rows, "COLUMNS": spec.columns, "QUERIES": spec.queries, "K_STAGES": spec.key_stages,
         "V_STAGES": spec.value_stages, "SCHEDULE": spec.schedule, "CAUSAL": spec.causal,
-        "JOINT": spec.joint and spec.group_rows == 64, "SPECULATIVE": spec.speculative, "ON_DEMAND": spec.on_demand,
+        "JOINT": spec.joins_votes, "SPECULATIVE": spec.speculative, "ON_DEMAND": spec.on_demand,
         "CONSUMER_REGISTERS": spec.registers,
     }  # fmt: skip
     signature.update(dict.fromkeys(constants, "constexpr"))
@@ -183,7 +183,7 @@ def compile_kernel(spec: Specialisation | PlainKernel, output: Path) -> dict[str
     assert threads and registers
     line: dict[str, Any] = {}
     if not isinstance(spec, PlainKernel):
-        line = {"family": "hopper", "rows": spec.group_rows * spec.groups}
+        line = {"family": "hopper", "rows": spec.rows}
     return {
         **line, **asdict(spec), "name": spec.name, "architecture": architecture, "capability": capability,
         "entry": kernel.metadata.name, "file": f"{spec.name}.cubin", "bytes": len(cubin), "threads": int(threads[1]),

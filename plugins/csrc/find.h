@@ -30,8 +30,8 @@ struct Wanted {
     int maxRows{std::numeric_limits<int>::max()}; // query rows of a work item at most
 };
 
-// The kernel that fits, of several the one with the largest work items, or null. `causal` and `joint` are compared where the role depends on them:
-// a general prefill kernel asks for causality at run time, a dense one decides nothing.
+// The kernel that fits, of several the one with the largest work items, or null. `causal` and `joint` are compared
+// where the role depends on them: a general prefill kernel asks for causality at run time, a dense one decides nothing.
 Kernel const* find(Wanted const& wanted);
 
 // Why `find` has no kernel: left out of this build, or compiled for other devices only.

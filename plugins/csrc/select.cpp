@@ -14,7 +14,7 @@ namespace {
 constexpr int kMAX_HEAD = 256;
 constexpr int kTILE_COLUMNS = 128;
 constexpr int kHOPPER = 90;                          // compute capability, times ten
-constexpr int kSMALL_ROWS = 128; // query rows of a work item where a call has few of them
+constexpr int kSMALL_ROWS = 128;                     // query rows of a work item where a call has few of them
 constexpr std::int64_t kPREFILL_ROW_STRIDE = 1 << 24; // offsets within 128 rows of K or V have 32 bits there
 
 // Whether the portable kernels are to be tried where Hopper's would run. Only a library that was built for it asks.
@@ -172,18 +172,20 @@ bool chooseHopper(bsa_params const& p, int capability, Choice& choice, std::stri
 {
     Threshold const threshold{p};
     choice = Choice{Family::kHOPPER, {}};
-    auto const want = [&](char role, Kernel const*& kernel) {
-        return take({Family::kHOPPER, capability, p.dtype, paddedHead(p), role, p.is_causal != 0, decidesJointly(p)},
-            kernel, reason);
+    auto const wanted = [&](char role) {
+        return Wanted{
+            Family::kHOPPER, capability, p.dtype, paddedHead(p), role, p.is_causal != 0, decidesJointly(p)};
     };
+    auto const want = [&](char role, Kernel const*& kernel) { return take(wanted(role), kernel, reason); };
     if (isGeneral(p))
     {
         return want('g', choice.kernels[0]);
     }
     if (!threshold.neverSkips && isSmall(p))
     {
-        choice.kernels[0] = find({Family::kHOPPER, capability, p.dtype, paddedHead(p), 's', p.is_causal != 0,
-            decidesJointly(p), kSMALL_ROWS});
+        Wanted small = wanted('s');
+        small.maxRows = kSMALL_ROWS;
+        choice.kernels[0] = find(small); // null where this build left it out: then any
     }
     return (threshold.neverSkips || choice.kernels[0] != nullptr || want('s', choice.kernels[0]))
         && (!(threshold.neverSkips || threshold.mayBeDense) || want('d', choice.kernels[1]));

@@ -28,7 +28,7 @@ class Specialisation:
         schedule: "dense", "skip" (overlapped), "plain" or "wide" (skip, without overlap inside a warpgroup) or
             "general".
         causal: compiled for causal attention ("general" asks at run time).
-        joint: decides 128 rows (two warpgroups together) instead of 64.
+        joint: decides 128 rows instead of 64.
         groups: consumer warpgroups.
         group_rows: query rows of each, 64, or 128 that decide without another warpgroup.
         columns: key columns of a loaded tile.
@@ -56,6 +56,16 @@ class Specialisation:
     spills: int
     speculative: bool
     on_demand: bool
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a work item."""
+        return self.groups * self.group_rows
+
+    @property
+    def joins_votes(self) -> bool:
+        """Whether no warpgroup has all rows of a decision."""
+        return self.joint and self.group_rows == 64
 
     @property
     def name(self) -> str:

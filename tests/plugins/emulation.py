@@ -61,7 +61,7 @@ def compile_library(folder: Path, libcuda: str = "") -> Path:
         else:
             capability, architecture = 90, "sm_90a"
             boxes = [[rows, 64] for rows in (spec.group_rows, spec.columns, spec.columns, spec.group_rows)]
-            line |= {"family": "hopper", "rows": spec.group_rows * spec.groups, "threads": 128 * (spec.groups + 1),
+            line |= {"family": "hopper", "rows": spec.rows, "threads": 128 * (spec.groups + 1),
                      "boxes": boxes, "entry": "prefill"}  # fmt: skip
         line |= {"name": spec.name, "file": f"{spec.name}.cubin", "shared_bytes": 1000, "capability": capability,
                  "architecture": architecture}  # fmt: skip
@@ -173,7 +173,7 @@ class Emulation:
                 prefill(
                     *values, values[0].memory.dtype, spec.head, spec.groups, spec.group_rows, spec.columns,
                     spec.queries, spec.key_stages, spec.value_stages, spec.schedule, spec.causal,
-                    spec.joint and spec.group_rows == 64, spec.speculative, spec.on_demand, spec.registers,
+                    spec.joins_votes, spec.speculative, spec.on_demand, spec.registers,
                 )  # fmt: skip
                 roles += [_on_program(machine, program, *role) for role in machine.local.roles]
             machine.run(roles)
