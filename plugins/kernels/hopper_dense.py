@@ -2,8 +2,8 @@
 
 The softmax of tile j runs while the tensor cores compute P(j-1) V(j-1); the warpgroups take turns in issuing, so that
 one computes exponentials while the other's products run. Exponents are relative to a reference that hardly ever changes
-(`hopper_softmax`), so a tile's maximum is off the critical path: whether a score has outgrown the reference is a vote
-of the warp on what each thread holds, and at head size 128 it is taken after the exponentials.
+(`hopper_softmax`). At head sizes 64 and 128 nobody looks for a tile's maximum: exponentials are taken with the old
+reference, and a row sum that is too large says that a score has outgrown it.
 """
 
 from hopper_common import (
@@ -17,6 +17,8 @@ from hopper_common import (
 )
 from hopper_queries import item_begun, last_scores_done, receive_queries
 from hopper_softmax import (
+    OUTGROWN,
+    any_row_of_warp,
     clean_values,
     count_all,
     finite,
@@ -96,7 +98,10 @@ def _finish(call, shared, acc_token, tile):
 @gluon.jit
 def _step_speculative(call, shared, queries, visible, a, b, c, acc, reference, sums, tile, j, MASKED: gl.constexpr,
                       GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
-    """One tile. Exponentials are taken with the old reference before it is known whether a score has outgrown it."""
+    """One tile. Exponentials are taken with the old reference, and their sums tell whether a score has outgrown it.
+
+    So nobody looks for the tile's maximum, unless it has.
+    """
     scores, acc_token = _issue(call, shared, queries, a, b, c, acc, tile, GROUP)
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
@@ -106,7 +111,8 @@ def _step_speculative(call, shared, queries, visible, a, b, c, acc, reference, s
     acc = _finish(call, shared, acc_token, tile)
     b, sums_b = soften(call, second, call.scale_log2, shift, acc, DTYPE)
     c, sums_c = soften(call, last, call.scale_log2, shift, acc, DTYPE)
-    if outgrows(partial_maxima(scores) * call.scale_log2, shift) > 0:
+    total = sums_a + sums_b + sums_c
+    if any_row_of_warp(total > OUTGROWN) > 0:
         following = gl.maximum(reference, gl.max(scores, 1) * call.scale_log2)
         shift = finite(following)
         alpha = gl.exp2(reference - shift)
@@ -116,13 +122,14 @@ def _step_speculative(call, shared, queries, visible, a, b, c, acc, reference, s
         acc = rescale(acc, alpha)
         sums = scale_sums(sums, alpha)
         reference = following
-    return a, b, c, acc, reference, sums + (sums_a + sums_b + sums_c)
+        total = sums_a + sums_b + sums_c
+    return a, b, c, acc, reference, sums + total
 
 
 @gluon.jit
 def _step_checked(call, shared, queries, visible, a, b, c, acc, reference, sums, tile, j, MASKED: gl.constexpr,
                   GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
-    """One tile. The reference is brought up to date first: fewer registers than `_step_speculative`, a longer chain."""
+    """One tile. The reference is brought up to date first: fewer registers than `_step_speculative`, more work."""
     scores, acc_token = _issue(call, shared, queries, a, b, c, acc, tile, GROUP)
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)

@@ -19,6 +19,7 @@ from hopper_softmax import (
     no_sums,
     outgrows,
     partial_maxima,
+    raised,
     rescale,
     rows_layout,
     scale_sums,
@@ -53,13 +54,12 @@ def use_tile(call, shared, scores, scale, maxima, keep, m, reference, sums, acc,
     if keep > 0:
         await_phase(shared.v_full.index(ring_slot(tile, DRIFT)), ring_phase(tile, DRIFT))
         slot = ring_slot(tile, call.V_STAGES)
-        rises = outgrows(maxima, reference)
-        m = gl.maximum(m, gl.convert_layout(gl.max(maxima, 1), m.type.layout))
-        if rises > 0:
-            alpha = gl.exp2(reference - finite(m))
+        if outgrows(maxima, reference) > 0:
+            following = raised(m, maxima)
+            alpha = gl.exp2(reference - finite(following))
             sums = scale_sums(sums, alpha)
             acc = rescale(acc, alpha)
-            reference = m
+            reference = following
         shift = finite(reference)
         QUARTER: gl.constexpr = call.COLUMNS // 4
         low, high = halves(scores, scores_layout(2 * QUARTER))
@@ -74,6 +74,7 @@ def use_tile(call, shared, scores, scale, maxima, keep, m, reference, sums, acc,
         token = warpgroup_mma(p, values.slice(2 * QUARTER, QUARTER, dim=0), token, is_async=True)
         p, sums_d = soften(call, d, scale, shift, acc, DTYPE)
         token = warpgroup_mma(p, values.slice(3 * QUARTER, QUARTER, dim=0), token, is_async=True)
+        m = raised(m, maxima)  # only now: what threads exchange for it travels under the products
         sums += (sums_a + sums_b) + (sums_c + sums_d)
         acc = warpgroup_mma_wait(0, deps=(token,))
         kept += 1

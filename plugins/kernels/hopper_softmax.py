@@ -27,6 +27,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 LAG = gl.constexpr(8.0)  # log2 units a reference may lag behind: probabilities stay below 2**8, fit for float16
+OUTGROWN = gl.constexpr(2.0**8)  # a sum of probabilities above this tells as much of one of them
 VOTE_BARRIER = gl.constexpr(8)  # first named barrier of the votes, above those Triton uses
 
 
@@ -123,6 +124,12 @@ def partial_maxima(scores):
 
 
 @gluon.jit
+def raised(m, maxima):
+    """The running maximum of every row, with `maxima` of a tile."""
+    return gl.maximum(m, gl.convert_layout(gl.max(maxima, 1), m.type.layout))
+
+
+@gluon.jit
 def halves(x, LAYOUT: gl.constexpr):
     """The two halves of the columns; no data moves."""
     first, second = gl.split(gl.permute(gl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
@@ -180,9 +187,21 @@ def outgrows(maxima, reference):
 
 @gluon.jit
 def as_operand(p, acc, DTYPE: gl.constexpr):
-    """Probabilities as the register operand of the product with V; same registers, no data movement."""
+    """Probabilities as the register operand of the product with V; same registers, no data movement.
+
+    Rounded by inline assembly, which the compiler leaves where it stands. Where both sides of a branch end in a
+    conversion, it would make one of them behind the branch, and keep twice the registers until there.
+    """
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
-    return gl.convert_layout(p.to(DTYPE), OPERAND)
+    if gl.float16 == DTYPE:
+        p = gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [p], dtype=gl.float16, is_pure=True, pack=2
+        )
+    else:
+        p = gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [p], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    return gl.convert_layout(p, OPERAND)
 
 
 @gluon.jit

@@ -97,7 +97,7 @@ def _specialise(dtype: str, head: int, role: str, causal: bool, joint: bool) -> 
             schedule = "plain"
     return Specialisation(
         dtype, head, schedule, causal, joint, groups, group_rows, columns, queries, keys, values, registers,
-        ACCEPTED_SPILLS[role, head], speculative=head == 128, on_demand=role == "skip" and head == 128,
+        ACCEPTED_SPILLS[role, head], speculative=head <= 128, on_demand=role == "skip" and head == 128,
     )  # fmt: skip
 
 

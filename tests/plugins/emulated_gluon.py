@@ -206,6 +206,11 @@ def _inline_asm(asm: str, constraints: Any, args: list[Any], result_types: Any, 
     return tuple(results) if isinstance(result_types, tuple) else results[0]
 
 
+def _inline_asm_elementwise(asm: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
+    assert is_pure and re.match(r"cvt\.rn\.(f16|bf16)x2\.f32 \$0, \$2, \$1;$", asm) and pack == 2
+    return args[0].to(dtype)
+
+
 def _load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Tile:
     assert pointer.memory is not None, "a null pointer is read"
     offset = torch.as_tensor(pointer.offset)
@@ -293,6 +298,7 @@ def _language(program: Callable[[], int], programs: Callable[[], int]) -> types.
         full=lambda shape, value, dtype, layout: tile(torch.full(shape, value, dtype=dtype)),
         permute=lambda x, order: x.permute(order), split=lambda x: x.unbind(-1),
         convert_layout=lambda x, layout, assert_trivial=False: x, inline_asm=_inline_asm,
+        inline_asm_elementwise=_inline_asm_elementwise,
         allocate_shared_memory=_allocate, warp_specialize=_warp_specialize,
     )  # fmt: skip
     return gl
