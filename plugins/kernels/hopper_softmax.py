@@ -27,7 +27,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 LAG = gl.constexpr(8.0)  # log2 units a reference may lag behind: probabilities stay below 2**8, fit for float16
-OUTGROWN = gl.constexpr(2.0**8)  # a sum of probabilities above this tells as much of one of them
+OUTGROWN = gl.constexpr(2.0**8)  # of a thread's sum over a row of a tile: below it no probability is larger
 VOTE_BARRIER = gl.constexpr(8)  # first named barrier of the votes, above those Triton uses
 
 
