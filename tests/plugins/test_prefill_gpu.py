@@ -61,7 +61,7 @@ def test_dense(dtype: torch.dtype, size: int, causal: bool) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("step", [12.0, 100.0])
 def test_maxima_that_rise_in_every_tile(dtype: torch.dtype, size: int, causal: bool, step: float) -> None:
-    """Relative to the tile before, exponentials have no value in float16 (2 ** 17) or not even in float32 (2 ** 144)."""
+    """Relative to the tile before, exponentials have no value in float16 (2 ** 17) or even in float32 (2 ** 144)."""
     check(*rising(1, 4, 700, 1500, size, step=step, dtype=dtype), is_causal=causal)
 
 
