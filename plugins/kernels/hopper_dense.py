@@ -52,6 +52,15 @@ def _divide(scores, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
+def _soften_all(call, first, second, last, shift, acc, DTYPE: gl.constexpr):
+    """Exponentials of the three pieces, and their sums."""
+    a, sums_a = soften(call, first, call.scale_log2, shift, acc, DTYPE)
+    b, sums_b = soften(call, second, call.scale_log2, shift, acc, DTYPE)
+    c, sums_c = soften(call, last, call.scale_log2, shift, acc, DTYPE)
+    return a, b, c, sums_a + sums_b + sums_c
+
+
+@gluon.jit
 def _multiply(a, b, c, values, acc):
     """Issues P V, as three products."""
     QUARTER: gl.constexpr = a.shape[1]
@@ -116,13 +125,10 @@ def _step_speculative(call, shared, queries, visible, a, b, c, acc, reference, s
         following = gl.maximum(reference, gl.max(scores, 1) * call.scale_log2)
         shift = finite(following)
         alpha = gl.exp2(reference - shift)
-        a, sums_a = soften(call, first, call.scale_log2, shift, acc, DTYPE)
-        b, sums_b = soften(call, second, call.scale_log2, shift, acc, DTYPE)
-        c, sums_c = soften(call, last, call.scale_log2, shift, acc, DTYPE)
+        a, b, c, total = _soften_all(call, first, second, last, shift, acc, DTYPE)
         acc = rescale(acc, alpha)
         sums = scale_sums(sums, alpha)
         reference = following
-        total = sums_a + sums_b + sums_c
     return a, b, c, acc, reference, sums + total
 
 
@@ -186,10 +192,7 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, SPECUL
         reference = gl.maximum(reference, UNSEEN)
         shift = finite(reference)
         first, second, last = _divide(scores, call.COLUMNS)
-        a, sums = soften(call, first, call.scale_log2, shift, acc, DTYPE)
-        b, sums_b = soften(call, second, call.scale_log2, shift, acc, DTYPE)
-        c, sums_c = soften(call, last, call.scale_log2, shift, acc, DTYPE)
-        sums = sums + sums_b + sums_c
+        a, b, c, sums = _soften_all(call, first, second, last, shift, acc, DTYPE)
         await_phase(shared.v_full.index(ring_slot(base, DRIFT)), ring_phase(base, DRIFT))
 
         whole = gl.maximum(gl.minimum(whole, item.tiles), 1)
