@@ -42,8 +42,7 @@ def check(emulation: Emulation, q: Any, k: Any, v: Any, *, clean: Any = None, se
 
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("br", [64, 128])
-@pytest.mark.parametrize("lam", [0.0, THRESHOLD])
+@pytest.mark.parametrize(("br", "lam"), [(64, 0.0), (64, THRESHOLD), (128, THRESHOLD)])
 def test_ragged(prefill: Emulation, size: int, causal: bool, br: int, lam: float) -> None:
     for rows, columns in RAGGED:
         q, k, v = inputs(1, 2, 1, rows, columns, size, seed=5)  # with which something is skipped at every size and br
@@ -182,9 +181,10 @@ def test_every_order_of_events_gives_the_same(emulation: Emulation, size: int, b
 
 
 @pytest.mark.parametrize(
-    ("prefill", "size"), [("hopper", 64), ("hopper", 128), ("hopper", 256), ("portable", 64)], indirect=["prefill"]
-)
-@pytest.mark.parametrize("causal", [False, True])
+    ("prefill", "size", "causal"),
+    [*(("hopper", size, causal) for size in (64, 128, 256) for causal in (False, True)), ("portable", 64, True)],
+    indirect=["prefill"],
+)  # fmt: skip
 def test_threshold_from_device_memory(prefill: Emulation, size: int, causal: bool) -> None:
     """λ = 0 at run time gives the dense kernel's bits; of Hopper's two kernels enqueued one finds nothing to do."""
     q, k, v = inputs(2, 2, 1, 200, 400, size)
