@@ -40,7 +40,11 @@ def check(emulation: Emulation, q: Any, k: Any, v: Any, *, clean: Any = None, se
     return out, counts, lse
 
 
-@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("prefill", "size"),
+    [("hopper", 64), ("hopper", 128), ("hopper", 256), ("portable", 64), ("portable", 256)],
+    indirect=["prefill"],
+)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("br", "lam"), [(64, 0.0), (64, THRESHOLD), (128, THRESHOLD)])
 def test_ragged(prefill: Emulation, size: int, causal: bool, br: int, lam: float) -> None:
@@ -125,7 +129,7 @@ def test_a_first_tile_of_minus_infinity(prefill: Emulation, size: int, lam: floa
     assert (out.float() - scores.softmax(-1) @ v.float()).abs().max() < 2e-2
 
 
-@pytest.mark.parametrize("br", [64, 128])
+@pytest.mark.parametrize(("prefill", "br"), [("hopper", 64), ("hopper", 128), ("portable", 64)], indirect=["prefill"])
 @pytest.mark.parametrize("what", ["window", "softcap", "additive", "boolean", "all"])
 def test_general(prefill: Emulation, what: str, br: int) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -175,7 +179,7 @@ def test_every_order_of_events_gives_the_same(emulation: Emulation, size: int, b
     q, k, v = inputs(1, 3, 3, 450, 900, size)
     for lam in (0.0, THRESHOLD):
         first = check(emulation, q, k, v, threshold=lam, br=br, is_causal=True)[:2]
-        for seed in range(1, 4):
+        for seed in range(1, 3):
             again = emulation.run(q, k, v, threshold=lam, br=br, is_causal=True, seed=seed)[:2]
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
