@@ -135,7 +135,7 @@ def _step_speculative(call, shared, queries, visible, a, b, c, acc, reference, s
 @gluon.jit
 def _step_checked(call, shared, queries, visible, a, b, c, acc, reference, sums, tile, j, MASKED: gl.constexpr,
                   GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
-    """One tile. The reference is brought up to date first: fewer registers than `_step_speculative`, more work."""
+    """One tile. The reference is brought up to date first: at head size 256 faster than `_step_speculative`."""
     scores, acc_token = _issue(call, shared, queries, a, b, c, acc, tile, GROUP)
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
