@@ -14,7 +14,8 @@ namespace bsa {
 namespace {
 
 // Heads whose causal row blocks are worked on together, all of them longest block first. As measured, see README.md:
-// where keys are few, as many as half of an H100's L2 holds K and V of; otherwise a fixed number.
+// where keys are few, as many as half of an H100's L2 holds K and V of; otherwise a fixed number. Work items of more
+// than 128 rows read less of L2, and need several heads for an even end.
 std::int64_t causalHeads(Kernel const& kernel, int keys)
 {
     constexpr std::int64_t kL2_BYTES = 24'000'000;
@@ -26,6 +27,10 @@ std::int64_t causalHeads(Kernel const& kernel, int keys)
     if (kernel.role == 'd')
     {
         return keys > 1024 ? std::min<std::int64_t>(fitting, 4) : fitting;
+    }
+    if (kernel.rows > 128)
+    {
+        return 4;
     }
     return keys > 2048 ? 1 : fitting;
 }

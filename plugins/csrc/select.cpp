@@ -14,7 +14,7 @@ namespace {
 constexpr int kMAX_HEAD = 256;
 constexpr int kTILE_COLUMNS = 128;
 constexpr int kHOPPER = 90;                          // compute capability, times ten
-constexpr int kSMALL_ROWS = 128;                     // query rows of a work item where a call has few of them
+constexpr int kSMALL_ROWS = 128;                     // query rows of a work item where larger ones would be wasted
 constexpr std::int64_t kPREFILL_ROW_STRIDE = 1 << 24; // offsets within 128 rows of K or V have 32 bits there
 
 // Whether the portable kernels are to be tried where Hopper's would run. Only a library that was built for it asks.
@@ -159,13 +159,26 @@ bool choosePortable(bsa_params const& p, int capability, Choice& choice, std::st
         choice.kernels[0], reason);
 }
 
-// Whether work items of kSMALL_ROWS rows occupy the multiprocessors once at most: larger ones would leave half of them
-// idle. A constant of the H100, so that a call runs the same kernel on every device.
-bool isSmall(bsa_params const& p)
+// Rows that a multiprocessor computes if it takes work items of so many rows in turn with the others, empty rows and
+// idle rounds included. Counted for the H100, so that a call runs the same kernel on every device.
+std::int64_t rowsInTurn(bsa_params const& p, std::int64_t rows)
 {
     constexpr std::int64_t kMULTIPROCESSORS = 132;
-    std::int64_t const blocks = (static_cast<std::int64_t>(p.seq_q) + kSMALL_ROWS - 1) / kSMALL_ROWS;
-    return blocks * p.batch * p.heads_q <= kMULTIPROCESSORS;
+    std::int64_t const items = (p.seq_q + rows - 1) / rows * p.batch * p.heads_q;
+    return (items + kMULTIPROCESSORS - 1) / kMULTIPROCESSORS * rows;
+}
+
+// A skipping kernel: of two, the one with the larger work items unless they waste more than the twentieth that they are
+// faster by.
+Kernel const* chooseRows(bsa_params const& p, Wanted const& wanted)
+{
+    Wanted few = wanted;
+    few.maxRows = kSMALL_ROWS;
+    Kernel const* const small = find(few);
+    Kernel const* const large = find(wanted);
+    bool const wasteful
+        = small != nullptr && rowsInTurn(p, large->rows) * 20 > rowsInTurn(p, small->rows) * 21;
+    return wasteful ? small : large;
 }
 
 bool chooseHopper(bsa_params const& p, int capability, Choice& choice, std::string& reason)
@@ -181,11 +194,9 @@ bool chooseHopper(bsa_params const& p, int capability, Choice& choice, std::stri
     {
         return want('g', choice.kernels[0]);
     }
-    if (!threshold.neverSkips && isSmall(p))
+    if (!threshold.neverSkips)
     {
-        Wanted small = wanted('s');
-        small.maxRows = kSMALL_ROWS;
-        choice.kernels[0] = find(small); // null where this build left it out: then any
+        choice.kernels[0] = chooseRows(p, wanted('s'));
     }
     return (threshold.neverSkips || choice.kernels[0] != nullptr || want('s', choice.kernels[0]))
         && (!(threshold.neverSkips || threshold.mayBeDense) || want('d', choice.kernels[1]));

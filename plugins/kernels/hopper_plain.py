@@ -1,8 +1,9 @@
-"""Skipping schedules without overlap inside a warpgroup: fewer registers, and the other one fills the tensor cores.
+"""Skipping schedules without overlap inside a warpgroup: fewer registers, and the others fill the tensor cores.
 
-`consume_plain` is for heads of 256, whose output takes half of the registers. `consume_wide` is for decisions of 128
-rows at heads of 64: a warpgroup has all 128 rows, so that nobody waits for another's vote, and what a tile costs beside
-its products is paid once for twice the rows.
+`consume_plain` is for heads of 256, whose output takes half of the registers. `consume_wide` is for calls with many
+rows, in one of two ways: three warpgroups of 64 rows, for which there are registers because none holds the next tile's
+scores; or, for decisions of 128 rows at heads of 64, two warpgroups that have all 128 rows of one, so that nobody waits
+for another's vote, and what a tile costs beside its products is paid once for twice the rows.
 """
 
 from hopper_common import DRIFT, arrive_warp, ring_slot

@@ -126,7 +126,7 @@ def produce_values(call, shared):
     """The second producer warp: streams V, so that waiting for its buffers does not hold up K.
 
     Nobody waits for V of a tile that he skips, so this role keeps the others from running away from it by holding back
-    a slot of K.
+    a slot of K: that of the same tile, or, where there are more buffers of V than of K, that of an earlier one.
 
     ON_DEMAND, while few tiles are kept, V is loaded only when a warpgroup has voted to keep the tile: causal row blocks
     walk through K and V at different places, as those of long full attention come to do, and all of it is more than
@@ -147,7 +147,9 @@ def produce_values(call, shared):
                 mbarrier.wait(shared.v_free.index(ring_slot(before, DRIFT)), ring_phase(before, DRIFT))
                 # whoever skipped it has not waited for its copy
                 mbarrier.wait(shared.v_full.index(ring_slot(before, DRIFT)), ring_phase(before, DRIFT))
-            arrive_warp(shared.k_free.index(ring_slot(tile, call.K_STAGES)))
+            held = tile - gl.maximum(call.V_STAGES - call.K_STAGES, 0)  # V may be ahead, but K's slots are taken in order
+            if held >= 0:
+                arrive_warp(shared.k_free.index(ring_slot(held, call.K_STAGES)))
             wanted = gl.to_tensor(1)
             if call.ON_DEMAND:
                 if before >= 0:

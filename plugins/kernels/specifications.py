@@ -12,7 +12,7 @@ DTYPES = ("fp16", "bf16")
 HEADS = (64, 128, 256)
 ACCEPTED_SPILLS = {
     ("dense", 64): 160, ("skip", 64): 32, ("wide", 64): 160, ("general", 64): 2560,
-    ("dense", 128): 32, ("skip", 128): 128, ("general", 128): 3328,
+    ("dense", 128): 32, ("skip", 128): 128, ("wide", 128): 160, ("general", 128): 3328,
     ("dense", 256): 64, ("skip", 256): 128, ("general", 256): 8192,
 }  # fmt: skip
 """Bytes a thread may spill, by role and head size; what the build last reported and a little more."""
@@ -25,8 +25,8 @@ class Specialisation:
     Args:
         dtype: "fp16" or "bf16".
         head: head size in shared memory; smaller heads are zero-filled by the copy engine.
-        schedule: "dense", "skip" (overlapped), "plain" or "wide" (skip, without overlap inside a warpgroup) or
-            "general".
+        schedule: "dense", "skip" (overlapped), "plain" or "wide" (skip, without overlap inside a warpgroup; "wide" has
+            more rows) or "general".
         causal: compiled for causal attention ("general" asks at run time).
         joint: decides 128 rows instead of 64.
         groups: consumer warpgroups.
@@ -81,11 +81,13 @@ def _specialise(dtype: str, head: int, role: str, causal: bool, joint: bool) -> 
     """`role` is what the kernel is chosen for: "dense", "skip", "wide" (skip, many rows in the call) or "general"."""
     groups, group_rows, columns, keys, values, registers, schedule = 2, 64, 128, 3, 2, 240, role
     queries = "double" if role in ("skip", "general") else "apart"
+    if role == "wide" and not joint:
+        groups, registers, queries = 3, 160, "shared" if head == 128 else "double"
     if head == 64:
-        keys, values = (2, 2) if role == "general" else (4, 4)
+        keys, values = (2, 2) if role == "general" else (3, 5) if role == "wide" else (4, 4)
         if role == "dense":
             groups, registers = 3, 160
-        if role == "wide":
+        if role == "wide" and joint:
             group_rows = 128
         if role == "skip" and joint:
             queries = "apart"  # for small calls only, and "double" was not timed there
@@ -97,7 +99,7 @@ def _specialise(dtype: str, head: int, role: str, causal: bool, joint: bool) -> 
             schedule = "plain"
     return Specialisation(
         dtype, head, schedule, causal, joint, groups, group_rows, columns, queries, keys, values, registers,
-        ACCEPTED_SPILLS[role, head], speculative=head <= 128, on_demand=role == "skip" and head == 128,
+        ACCEPTED_SPILLS[role, head], speculative=head <= 128, on_demand=role in ("skip", "wide") and head == 128,
     )  # fmt: skip
 
 
@@ -109,7 +111,9 @@ def all_specialisations() -> list[Specialisation]:
             for causal in (False, True):
                 result.append(_specialise(dtype, head, "dense", causal, False))
                 result += [_specialise(dtype, head, "skip", causal, joint) for joint in (False, True)]
-                if head == 64:
+                if head <= 128:
+                    result.append(_specialise(dtype, head, "wide", causal, False))
+                if head == 64:  # at 128 the output of 128 rows would fill the registers
                     result.append(_specialise(dtype, head, "wide", causal, True))
             result += [_specialise(dtype, head, "general", False, joint) for joint in (False, True)]
     return result

@@ -18,6 +18,12 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
     return Emulation(Path(tmp_path_factory.mktemp("emulation")))
 
 
+@pytest.fixture(scope="session")
+def many_rows(emulation: Emulation, tmp_path_factory: pytest.TempPathFactory) -> Emulation:
+    """The same without the kernels that calls with few rows run, so that the others run calls of any size."""
+    return Emulation(Path(tmp_path_factory.mktemp("many_rows")), without="_d(64|128)_skip_")
+
+
 @pytest.fixture(params=["hopper", "portable"])
 def prefill(request: pytest.FixtureRequest, emulation: Emulation) -> Iterator[Emulation]:
     """The C library on a device for which it has Hopper's prefill kernels, and on one where the portable ones run."""

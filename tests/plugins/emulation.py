@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,11 +50,19 @@ def plugin_module(name: str) -> ModuleType:
     return module
 
 
-def compile_library(folder: Path, libcuda: str = "") -> Path:
-    """The C library with every specialisation in its table; an image is the kernel's name and that of its entry."""
+def compile_library(folder: Path, libcuda: str = "", without: str | None = None) -> Path:
+    """The C library with every specialisation in its table; an image is the kernel's name and that of its entry.
+
+    Args:
+        folder: where it is made.
+        libcuda: the driver it opens.
+        without: leaves out the kernels of this name, a regular expression.
+    """
     build = plugin_module("build_kernels")
     kernels = []
     for spec in build.all_specialisations():
+        if without and re.search(without, spec.name):
+            continue
         line = {name: getattr(spec, name) for name in spec.__dataclass_fields__}
         if is_plain(spec):
             capability, architecture = spec.architecture, build.architecture_of(spec)
@@ -96,14 +105,15 @@ def compile_driver(folder: Path) -> Path:
 class Emulation:
     """Launches through the C library and runs the kernels; `launched` lists (kernel, CTAs) of the last call."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, without: str | None = None) -> None:
         driver = compile_driver(folder)
-        self.library = native.Library(compile_library(folder, str(driver)))
+        self.library = native.Library(compile_library(folder, str(driver), without))
         self.driver = ctypes.CDLL(str(driver))
         build = plugin_module("build_kernels")
         self.specs = {spec.name: spec for spec in build.all_specialisations()}
         self.arguments = [entry.split(":") for entry in f"{build.POINTERS} {build.SCALARS}".split()]
         self.seed = 0
+        self.executes = True
         self.launched: list[tuple[str, int]] = []
         self._error: BaseException | None = None
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint,
@@ -132,11 +142,21 @@ class Emulation:
             raise self._error
         return out, counts, lse
 
+    def kernels_of(self, call: native.Call) -> list[str]:
+        """The kernels that a call launches, none of which is executed."""
+        self.executes, self.launched = False, []
+        workspace = torch.empty(self.library.workspace_size(call), dtype=torch.uint8)
+        self.library.launch(call.with_workspace(workspace), 0)
+        self.executes = True
+        return [name for name, _ in self.launched]
+
     def _launch(self, name: bytes, grid: Any, block: int, shared: int, arguments: Any) -> int:
         try:
             spec = self.specs[name.decode()]
             assert block == (32 * spec.warps if is_plain(spec) else 128 * (spec.groups + 1)) and shared == 1000
             self.launched.append((spec.name, grid[0] * grid[1] * grid[2]))
+            if not self.executes:
+                return 0
             if is_plain(spec):
                 self._interpret(spec, (grid[0], grid[1], grid[2]), arguments)
             else:

@@ -15,6 +15,11 @@ COLUMNS = 128
 THRESHOLD = 1e-3
 """λ that separates planted tiles (score about 14) from the others (about 0) by several units on both sides."""
 
+WIDE_KERNELS = [(64, 64), (64, 128), (128, 64)]
+"""Head size and br for which Hopper has kernels of their own for calls with many rows,"""
+WIDE_CALLS = [(129, 203), (191, 64), (761, 3000), (1200, 1200)]
+"""and rows and keys of calls that they run, with 128 heads in the batch."""
+
 
 def planted(
     batch: int, heads: int, kv_heads: int, rows: int, columns: int, size: int, *, value_size: int | None = None,

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from emulation import Emulation
-from planted import THRESHOLD, planted, rising
+from planted import THRESHOLD, WIDE_CALLS, WIDE_KERNELS, planted, rising
 
+from sparse_attention import native
 from sparse_attention.reference import attention
 
 RAGGED = [(1, 129), (17, 17), (200, 64), (113, 203), (200, 520)]
@@ -78,31 +79,58 @@ def test_long_runs_of_skipped_tiles(prefill: Emulation, br: int, causal: bool, t
     assert 0.7 < skipped / exist < 0.95
 
 
-@pytest.mark.parametrize(("heads", "rows", "causal"), [(67, 200, True), (45, 257, False), (66, 200, True)])
-def test_the_rows_of_a_warpgroup_follow_the_size_of_the_call(
-    emulation: Emulation, heads: int, rows: int, causal: bool
-) -> None:
-    """At D = 64 and 128 x 128: 128 rows where blocks of 128 are more than an H100 has multiprocessors, else 64."""
-    q, k, v = inputs(1, heads, 1, rows, 400, 64, keep=0.2, split=0)
-    out, counts, _ = check(emulation, q, k, v, threshold=THRESHOLD, br=128, is_causal=causal)
-    kernel, _ = emulation.launched[0]
-    assert kernel.split("_")[3] == ("wide" if heads * -(-rows // 128) > 132 else "skip")
-    assert int(counts[:, 0].sum()) > 0
-    again = emulation.run(q, k, v, threshold=THRESHOLD, br=128, is_causal=causal, seed=1)  # another order of events
-    assert torch.equal(out, again[0]) and torch.equal(counts, again[1])
-
-
+@pytest.mark.parametrize(
+    ("heads", "rows", "size", "br", "expected"),
+    [
+        (66, 256, 64, 128, "skip"),  # 132 blocks of 128 rows: one for every multiprocessor of an H100
+        (67, 256, 64, 128, "wide"),  # 67 blocks of 256
+        (67, 257, 64, 128, "skip"),  # 134 blocks of 256 would take two rounds
+        (67, 192, 64, 64, "wide"),  # 67 blocks of 192
+        (67, 193, 64, 64, "skip"),
+        (67, 192, 128, 64, "wide"),
+        (67, 192, 128, 128, "skip"),  # no other kernel decides 128 rows there
+        (4000, 128, 128, 64, "skip"),  # a third of 192 rows would be empty
+        (4000, 1920, 128, 64, "wide"),
+        *((128, rows, size, br, "wide") for rows, _ in WIDE_CALLS for size, br in WIDE_KERNELS),
+    ],
+)
 @pytest.mark.parametrize("causal", [False, True])
-def test_lengths_in_a_call_with_many_rows(emulation: Emulation, causal: bool) -> None:
-    q, k, v = inputs(4, 17, 1, 200, 400, 64, keep=0.2)
+def test_the_rows_of_a_work_item_follow_the_size_of_the_call(
+    emulation: Emulation, heads: int, rows: int, size: int, br: int, expected: str, causal: bool
+) -> None:
+    memory = torch.empty(8 * (heads + rows) + size, dtype=torch.float16)
+    q = memory.as_strided((1, heads, rows, size), (8, 8, 8, 1))  # nothing is executed
+    call = native.pack(q, q, q, q, is_causal=causal, threshold=THRESHOLD, br=br)
+    assert emulation.kernels_of(call)[0].split("_")[3] == expected
+
+
+@pytest.mark.parametrize(("size", "br"), WIDE_KERNELS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_kernels_for_many_rows(many_rows: Emulation, emulation: Emulation, size: int, br: int, causal: bool) -> None:
+    """Ragged; the same bits in another order of events, and as the kernels for few rows where a warp has the same rows."""
+    for rows, columns in [(113, 203), (200, 64), (450, 900)]:
+        q, k, v = inputs(1, 2, 1, rows, columns, size, seed=5)
+        options: dict[str, Any] = {"threshold": THRESHOLD, "br": br, "is_causal": causal}
+        result = check(many_rows, q, k, v, **options)
+        assert "_wide_" in many_rows.launched[0][0]
+        assert columns < 900 or (result[1][:, 0] > 0).all()
+        for other, seed in ((many_rows, 1), *([(emulation, 0)] if br == 64 else [])):
+            again = other.run(q, k, v, seed=seed, **options)
+            assert all(torch.equal(a, b) for a, b in zip(result, again, strict=True))
+
+
+@pytest.mark.parametrize(("size", "br"), WIDE_KERNELS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_lengths_in_kernels_for_many_rows(many_rows: Emulation, size: int, br: int, causal: bool) -> None:
+    q, k, v = inputs(4, 2, 1, 200, 400, size, keep=0.2)
     lengths = {"kv_lengths": [400, 257, 0, 77], "q_lengths": [200, 65, 100, 0], "q_start": [200, 192, 0, -30]}
     options = {name: torch.tensor(values, dtype=torch.int32) for name, values in lengths.items()}
     clean = q.clone(), k.clone(), v.clone()
     for b, (keys, rows) in enumerate(zip(lengths["kv_lengths"], lengths["q_lengths"], strict=True)):
         k[b, :, keys:], v[b, :, keys:], q[b, :, rows:] = float("nan"), float("inf"), float("nan")
-    counts = check(emulation, q, k, v, clean=clean, threshold=THRESHOLD, br=128, is_causal=causal, **options)[1]
+    counts = check(many_rows, q, k, v, clean=clean, threshold=THRESHOLD, br=br, is_causal=causal, **options)[1]
     assert int(counts[:, 0].sum()) > 0
-    assert "wide" in emulation.launched[0][0]
+    assert "_wide_" in many_rows.launched[0][0]
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from gpu_checks import check, define, run
-from planted import THRESHOLD, planted, rising
+from planted import THRESHOLD, WIDE_CALLS, WIDE_KERNELS, planted, rising
 from torch import Tensor
 
 from sparse_attention import native
@@ -75,26 +75,29 @@ def test_skip(dtype: torch.dtype, size: int, causal: bool, br: int) -> None:
         check(q, k, v, is_causal=causal, threshold=THRESHOLD, br=br, must_skip=columns >= 511)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("lengths", [False, True])
-def test_calls_with_many_rows(dtype: torch.dtype, causal: bool, lengths: bool) -> None:
-    """At head size 64 and 128 x 128 Hopper has kernels of their own for calls with more than 132 blocks of 128 rows."""
-    for rows, columns in [(113, 203), (300, 64), (511, 511), (700, 3000), (1025, 1025)]:
-        q, k, v = planted(4, 36, 4, rows, columns, 64, dtype=dtype)
+@pytest.mark.parametrize(("size", "br"), WIDE_KERNELS)
+def test_calls_with_many_rows(dtype: torch.dtype, causal: bool, lengths: bool, size: int, br: int) -> None:
+    for rows, columns in WIDE_CALLS:
+        q, k, v = planted(4, 32, 4, rows, columns, size, dtype=dtype)
         options: dict[str, Any] = {"is_causal": causal}
         if lengths:
             entries = [columns, columns // 2, 0, 1]
             options["kv_lengths"] = torch.tensor(entries, dtype=torch.int32, device="cuda")
-        check(q, k, v, threshold=THRESHOLD, br=128, must_skip=columns >= 511 and not lengths, **options)
+        check(q, k, v, threshold=THRESHOLD, br=br, must_skip=columns >= 511 and not lengths, **options)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("br", [64, 128])
+@pytest.mark.parametrize(("heads", "br"), [(8, 64), (12, 64), (8, 128)])
 @pytest.mark.parametrize("keep", [0.02, 0.1])
-def test_long_runs_of_skipped_tiles(causal: bool, br: int, keep: float) -> None:
-    """At head size 128 (not causal: beyond 16384 keys) V is then loaded of kept tiles only; at 0.1 to and fro."""
-    q, k, v = planted(1, 8, 4, 2000, 17000, 128, keep=keep)
+def test_long_runs_of_skipped_tiles(causal: bool, heads: int, br: int, keep: float) -> None:
+    """At head size 128 (not causal: beyond 16384 keys) V is then loaded of kept tiles only; at 0.1 to and fro.
+
+    12 heads of 2000 rows are more blocks of 128 rows than an H100 has multiprocessors: the kernel for many rows.
+    """
+    q, k, v = planted(1, heads, 4, 2000, 17000, 128, keep=keep)
     skipped, exist = run(q, k, v, threshold=THRESHOLD, br=br, is_causal=causal)[1].sum(0).tolist()
     assert skipped > 0.5 * exist
     check(q, k, v, threshold=THRESHOLD, br=br, is_causal=causal)
