@@ -121,6 +121,12 @@ def produce_keys(call, shared):
     shared.publish_item(sequence, 0, unpack_item(call, gl.to_tensor(0)))
 
 
+@gluon.constexpr_function
+def _ahead(key_stages, value_stages):
+    """Tiles by which the producer of V may be ahead of the slots of K that are taken in order."""
+    return max(value_stages - key_stages, 0)
+
+
 @gluon.jit
 def produce_values(call, shared):
     """The second producer warp: streams V, so that waiting for its buffers does not hold up K.
@@ -147,9 +153,11 @@ def produce_values(call, shared):
                 mbarrier.wait(shared.v_free.index(ring_slot(before, DRIFT)), ring_phase(before, DRIFT))
                 # whoever skipped it has not waited for its copy
                 mbarrier.wait(shared.v_full.index(ring_slot(before, DRIFT)), ring_phase(before, DRIFT))
-            held = tile - gl.maximum(call.V_STAGES - call.K_STAGES, 0)  # V may be ahead, but K's slots are taken in order
-            if held >= 0:
-                arrive_warp(shared.k_free.index(ring_slot(held, call.K_STAGES)))
+            AHEAD: gl.constexpr = _ahead(call.K_STAGES, call.V_STAGES)
+            if AHEAD == 0:
+                arrive_warp(shared.k_free.index(ring_slot(tile, call.K_STAGES)))
+            elif tile >= AHEAD:
+                arrive_warp(shared.k_free.index(ring_slot(tile - AHEAD, call.K_STAGES)))
             wanted = gl.to_tensor(1)
             if call.ON_DEMAND:
                 if before >= 0:

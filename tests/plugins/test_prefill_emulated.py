@@ -107,7 +107,7 @@ def test_the_rows_of_a_work_item_follow_the_size_of_the_call(
 @pytest.mark.parametrize(("size", "br"), WIDE_KERNELS)
 @pytest.mark.parametrize("causal", [False, True])
 def test_kernels_for_many_rows(many_rows: Emulation, emulation: Emulation, size: int, br: int, causal: bool) -> None:
-    """Ragged; the same bits in another order of events, and as the kernels for few rows where a warp has the same rows."""
+    """The same bits in another order of events, and as the kernels for few rows where a warp has the same rows."""
     for rows, columns in [(113, 203), (200, 64), (450, 900)]:
         q, k, v = inputs(1, 2, 1, rows, columns, size, seed=5)
         options: dict[str, Any] = {"threshold": THRESHOLD, "br": br, "is_causal": causal}
