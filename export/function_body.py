@@ -52,6 +52,9 @@ class Features:
 
 
 NEGATIVE_INFINITY = float("-inf")
+NOTHING = -3e38
+"""Not exceeded by a maximum over hidden scores: -inf, but in ONNX Runtime on CUDA the lowest float32."""
+
 _ATTRIBUTE_TYPES = {"int": ir.AttributeType.INT, "float": ir.AttributeType.FLOAT, "string": ir.AttributeType.STRING}
 
 
@@ -112,7 +115,7 @@ def function_body(features: Features, opset: int) -> ir.Function:
     tiles = sizes.cut_columns(_scores(body, features, inputs, sizes))
     maximum = body.ReduceMax(tiles, [4], keepdims=0)
     not_skipped = _decide(body, features, inputs, sizes, maximum)
-    exists = body.Greater(sizes.maximum_of_tile_rows(maximum), NEGATIVE_INFINITY, name=EXISTS)
+    exists = body.Greater(sizes.maximum_of_tile_rows(maximum), NOTHING, name=EXISTS)
     kept = body.And(exists, not_skipped, name=KEPT)
 
     # softmax over the tiles that are not skipped (those that do not exist are -inf throughout), product with V
@@ -124,7 +127,7 @@ def function_body(features: Features, opset: int) -> ir.Function:
     product = body.MatMul(weight, v)
     v_size = body.dimension(inputs["v"], 3, features.v_size)
     o = body.Reshape(product, body.shape([0], sizes.heads, [-1], v_size))
-    sees_any = body.Greater(body.ReduceMax(maximum, [3], keepdims=1), NEGATIVE_INFINITY)
+    sees_any = body.Greater(body.ReduceMax(maximum, [3], keepdims=1), NOTHING)
     if features.dtype == ir.DataType.FLOAT:
         o = body.Where(sees_any, o, 0.0, name="o")
     else:
@@ -243,7 +246,7 @@ def _decide(body: _Body, features: Features, inputs: dict[str, ir.Value], sizes:
     tile = body.Range(0, body.Squeeze(tiles), 1)
     up_to = body.LessOrEqual(tile, body.Unsqueeze(tile, [1]))
     running = body.ReduceMax(body.Where(up_to, body.Unsqueeze(maximum, [3]), NEGATIVE_INFINITY), [4], keepdims=0)
-    started = body.Greater(running, NEGATIVE_INFINITY)  # a row that has seen nothing so far does not vote
+    started = body.Greater(running, NOTHING)  # a row that has seen nothing so far does not vote
     gap = sizes.maximum_of_tile_rows(body.Where(started, body.Sub(maximum, running), NEGATIVE_INFINITY))
     if features.group:
         of_heads = body.Reshape(gap, body.shape([0], sizes.kv_heads, [-1], body.Shape(gap, start=2)))

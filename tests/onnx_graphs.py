@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import torch
 from onnx.reference import ReferenceEvaluator
 
@@ -21,6 +22,7 @@ DTYPES = {
     torch.bool: ir.DataType.BOOL, torch.int32: ir.DataType.INT32,
 }  # fmt: skip
 RUNTIMES = ("onnxruntime", "onnx.reference")
+CUDA = "onnxruntime on CUDA"
 
 
 def graph_of(calls: Sequence[Call], *, opset: int = 23, scopes: Sequence[str] = ()) -> ir.Model:
@@ -64,10 +66,16 @@ def feeds(calls: Sequence[Call]) -> dict[str, np.ndarray]:
 
 
 def run(model: onnx.ModelProto, feed: dict[str, np.ndarray], runtime: str) -> dict[str, torch.Tensor]:
-    """The graph's outputs by name, in ONNX Runtime or in onnx's own evaluator."""
+    """The graph's outputs by name, in ONNX Runtime on the CPU or on CUDA, or in onnx's own evaluator."""
     names = [output.name for output in model.graph.output]
     if runtime == "onnxruntime":
         values = session(model.SerializeToString()).run(names, feed)
+    elif runtime == CUDA:
+        # by default products of float32 are rounded to TF32 there, ten bits, and decisions with them
+        providers = [("CUDAExecutionProvider", {"use_tf32": "0"})]
+        there = onnxruntime.InferenceSession(model.SerializeToString(), providers=providers)
+        assert there.get_providers()[0] == "CUDAExecutionProvider"
+        values = there.run(names, feed)
     else:
         values = ReferenceEvaluator(model).run(names, feed)
     return {name: torch.from_numpy(np.asarray(value)) for name, value in zip(names, values, strict=True)}

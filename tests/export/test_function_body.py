@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -16,7 +17,7 @@ from export.runners import NodeRunner
 from export.tolerances import GAP_BAND, OUTPUT
 from sparse_attention import Thresholds, reference
 from tests.attention_calls import Call, calls, int32, peaky_call
-from tests.onnx_graphs import RUNTIMES, feeds, finished, graph_of, run
+from tests.onnx_graphs import CUDA, RUNTIMES, feeds, finished, graph_of, run
 
 ROWS, COLUMNS = 37, 61
 _RANDOM = torch.Generator().manual_seed(5)
@@ -110,6 +111,20 @@ def test_features(feature: str, rows: int, dtype: torch.dtype, runtime: str) -> 
     call = call_of(feature, rows).to(dtype)
     found = run(finished([call], counts=True), feeds([call]), runtime)
     skipped = assert_like_reference(call, found)
+    assert (skipped > 0) == ((feature, rows) not in DENSE)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" not in onnxruntime.get_available_providers() or not torch.cuda.is_available(),
+    reason="needs a GPU and onnxruntime-gpu",
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("rows", [ROWS, 1], ids=["prefill", "decode"])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features_on_cuda(feature: str, rows: int, dtype: torch.dtype) -> None:
+    call = call_of(feature, rows).to(dtype)
+    skipped = assert_like_reference(call, run(finished([call], counts=True), feeds([call]), CUDA))
     assert (skipped > 0) == ((feature, rows) not in DENSE)
 
 
