@@ -65,7 +65,7 @@ def emulation(plugin_build: Path, shared_folder: Path) -> Emulation:
     with pytest.MonkeyPatch.context() as patch:  # both are compiled already, and may be in use by another worker
         driver, library = shared_folder / "libemulated_cuda.so", shared_folder / native.LIBRARY_NAME
         patch.setattr(emulation_module, "compile_driver", lambda folder: driver)
-        patch.setattr(emulation_module, "compile_library", lambda folder, libcuda: library)
+        patch.setattr(emulation_module, "compile_library", lambda folder, libcuda, without: library)
         return Emulation(shared_folder)
 
 
