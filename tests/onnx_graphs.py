@@ -71,7 +71,7 @@ def run(model: onnx.ModelProto, feed: dict[str, np.ndarray], runtime: str) -> di
     if runtime == "onnxruntime":
         values = session(model.SerializeToString()).run(names, feed)
     elif runtime == CUDA:
-        # by default products of float32 are rounded to TF32 there, ten bits, and decisions with them
+        # by default it computes products of float32 in TF32, whose ten bits may decide a tile otherwise
         providers = [("CUDAExecutionProvider", {"use_tf32": "0"})]
         there = onnxruntime.InferenceSession(model.SerializeToString(), providers=providers)
         assert there.get_providers()[0] == "CUDAExecutionProvider"

@@ -146,8 +146,10 @@ class Emulation:
         """The kernels that a call launches, none of which is executed."""
         self.executes, self.launched = False, []
         workspace = torch.empty(self.library.workspace_size(call), dtype=torch.uint8)
-        self.library.launch(call.with_workspace(workspace), 0)
-        self.executes = True
+        try:
+            self.library.launch(call.with_workspace(workspace), 0)
+        finally:
+            self.executes = True
         return [name for name, _ in self.launched]
 
     def _launch(self, name: bytes, grid: Any, block: int, shared: int, arguments: Any) -> int:
