@@ -96,10 +96,6 @@ bsa_status launchKernel(Driver const& driver, Device& device, Kernel const& kern
     std::int32_t& given = arguments.given;
     given |= share == Share::kALL ? 0 : share == Share::kDENSE ? kRUN_WHERE_DENSE : kRUN_WHERE_SPARSE;
     std::int64_t const items = static_cast<std::int64_t>(rowBlocks) * heads;
-    if (items > 0x7fffffff)
-    {
-        return fail(BSA_ERROR_UNSUPPORTED, "more than 2^31 blocks of query rows");
-    }
     std::int64_t const grid = std::min<std::int64_t>(items, device.multiprocessors());
     if (items > grid && (kernel.role != 'd' || kernel.causal))
     {

@@ -14,6 +14,7 @@ namespace {
 constexpr int kMAX_HEAD = 256;
 constexpr int kTILE_COLUMNS = 128;
 constexpr int kHOPPER = 90;                          // compute capability, times ten
+constexpr std::int64_t kMAX_BLOCKS = 0x7fffffff;
 constexpr int kSMALL_ROWS = 128;                     // query rows of a work item where larger ones would be wasted
 constexpr std::int64_t kPREFILL_ROW_STRIDE = 1 << 24; // offsets within 128 rows of K or V have 32 bits there
 
@@ -130,6 +131,12 @@ bool decidable(bsa_params const& p, std::string& reason)
     {
         reason = "unit \"group\" is not compiled for grouped heads and more than " + number(kDECODE_LANES)
             + " query rows; use unit \"head\"";
+        return false;
+    }
+    std::int64_t const heads = static_cast<std::int64_t>(p.batch) * p.heads_q;
+    if (heads > kMAX_BLOCKS || heads * ((p.seq_q - 1) / 64 + 1) > kMAX_BLOCKS)
+    {
+        reason = "batch * heads_q * seq_q are more than 2^31 blocks of 64 query rows";
         return false;
     }
     return true;

@@ -70,6 +70,12 @@ def test_refusals_name_the_reason(emulation: Emulation, options: dict[str, objec
         emulation.library.launch(refused, 0)
 
 
+def test_too_many_rows_are_refused_before_anything_is_enqueued(emulation: Emulation) -> None:
+    rows = torch.empty(1 << 16, 64, 40000, 64, dtype=torch.bfloat16, device="meta")
+    refused = native.pack(rows, rows, rows, rows, br=64, bc=128, scale=1.0)
+    assert "2^31 blocks of 64 query rows" in emulation.library.refusal(refused)
+
+
 def test_supported(emulation: Emulation) -> None:
     assert emulation.library.refusal(call()) == ""
     assert emulation.library.refusal(call(unit="group", kv_heads=4)) == ""
