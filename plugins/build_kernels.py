@@ -167,7 +167,7 @@ def compile_kernel(spec: Specialisation | PlainKernel, output: Path) -> dict[str
     spilled = max([int(n) for n in re.findall(r"(\d+) bytes spill stores", text)], default=-1)
     if spilled < 0:
         raise BuildError(f"{spec.name}: no report from ptxas\n{text}")
-    if spilled > spec.spills and not os.environ.get("BSA_ACCEPT_SPILLS"):  # for experiments
+    if spilled > spec.spills:
         raise BuildError(f"{spec.name}: {spilled} bytes spilled, {spec.spills} are accepted")
     capability = spec.architecture if isinstance(spec, PlainKernel) else 90
     if kernel.metadata.shared > SHARED_BYTES[capability]:
