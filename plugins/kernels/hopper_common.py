@@ -8,6 +8,7 @@ TILE_COLUMNS = gl.constexpr(128)  # key columns of a decision, whatever the widt
 DRIFT = gl.constexpr(8)  # tiles by which the roles may drift apart, and more: K_STAGES + V_STAGES at most
 TURN_BARRIER = gl.constexpr(12)  # first named barrier of the turns, above those of Triton and of the votes
 NEVER_VOTES = gl.constexpr(1e30)  # running maximum of a row outside the tensor: nothing comes near it
+UNSEEN = gl.constexpr(-1e30)  # running maximum of a row that has seen nothing but -inf: whatever comes outgrows it
 ALWAYS_KEEP = gl.constexpr(-1e29)  # log2 of a zero threshold; above -NEVER_VOTES, so that such rows still do not vote
 
 # bits of Call.given
@@ -43,6 +44,29 @@ def await_phase(barrier, phase):
     gl.inline_asm(
         "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1; @!done bra again; }",
         ("r", "r"), [barrier, phase], (), is_pure=False,
+    )  # fmt: skip
+
+
+@gluon.jit
+def phase_over(barrier, phase):
+    """1 if the phase is over, else 0, without waiting: to be asked while the warp waits for something else anyhow.
+
+    All lanes get one answer from a vote, by which ptxas sees that a branch on it is taken by whole warps.
+    """
+    return gl.inline_asm(
+        "{ .reg .pred over; mbarrier.test_wait.parity.shared::cta.b64 over, [$1], $2;"
+        " vote.sync.all.pred over, over, 0xffffffff; selp.b32 $0, 1, 0, over; }",
+        ("=r", "r", "r"), [barrier, phase], gl.int32, is_pure=False,
+    )  # fmt: skip
+
+
+@gluon.jit
+def await_unless(over, barrier, phase):
+    """`await_phase`, unless `phase_over` has said that the phase is over: a branch takes less time than asking."""
+    gl.inline_asm(
+        "{ .reg .pred done; setp.ne.b32 done, $2, 0; @done bra finished;"
+        " again: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1; @!done bra again; finished: }",
+        ("r", "r", "r"), [barrier, phase, over], (), is_pure=False,
     )  # fmt: skip
 
 

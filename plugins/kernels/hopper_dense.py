@@ -21,7 +21,6 @@ from hopper_softmax import (
     any_row_of_warp,
     clean_values,
     count_all,
-    finite,
     first_maximum,
     halves,
     hide_columns,
@@ -37,10 +36,6 @@ from hopper_softmax import (
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
-
-# Reference of a row that has seen nothing but -inf: whatever comes outgrows it. `finite` is redundant in the steps
-# since, and stays until a kernel without it has been timed: ptxas would schedule the loops anew.
-UNSEEN = gl.constexpr(-1e30)
 
 
 @gluon.jit
@@ -114,7 +109,7 @@ def _step_speculative(call, shared, queries, visible, a, b, c, acc, reference, s
     scores, acc_token = _issue(call, shared, queries, a, b, c, acc, tile, GROUP)
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
-    shift = finite(reference)
+    shift = reference
     first, second, last = _divide(scores, call.COLUMNS)
     a, sums_a = soften(call, first, call.scale_log2, shift, acc, DTYPE)
     acc = _finish(call, shared, acc_token, tile)
@@ -123,7 +118,7 @@ def _step_speculative(call, shared, queries, visible, a, b, c, acc, reference, s
     total = sums_a + sums_b + sums_c
     if any_row_of_warp(total > OUTGROWN) > 0:
         following = gl.maximum(reference, gl.max(scores, 1) * call.scale_log2)
-        shift = finite(following)
+        shift = following
         alpha = gl.exp2(reference - shift)
         a, b, c, total = _soften_all(call, first, second, last, shift, acc, DTYPE)
         acc = rescale(acc, alpha)
@@ -139,11 +134,11 @@ def _step_checked(call, shared, queries, visible, a, b, c, acc, reference, sums,
     scores, acc_token = _issue(call, shared, queries, a, b, c, acc, tile, GROUP)
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
-    rises = outgrows(partial_maxima(scores) * call.scale_log2, finite(reference))
+    rises = outgrows(partial_maxima(scores) * call.scale_log2, reference)
     following = reference
     if rises > 0:
         following = gl.maximum(reference, gl.max(scores, 1) * call.scale_log2)
-    shift = finite(following)
+    shift = following
     first, second, last = _divide(scores, call.COLUMNS)
     a, sums_a = soften(call, first, call.scale_log2, shift, acc, DTYPE)
     b, sums_b = soften(call, second, call.scale_log2, shift, acc, DTYPE)
@@ -188,11 +183,9 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, SPECUL
         if whole == 0:
             scores = hide_columns(scores, 0, visible, call.COLUMNS)
         acc = gl.full([call.ROWS, call.HEAD], 0.0, gl.float32, ACC)
-        reference = gl.maximum(first_maximum(item, rows), gl.max(scores, 1) * call.scale_log2)
-        reference = gl.maximum(reference, UNSEEN)
-        shift = finite(reference)
+        reference = gl.maximum(first_maximum(call, item, rows), gl.max(scores, 1) * call.scale_log2)
         first, second, last = _divide(scores, call.COLUMNS)
-        a, b, c, sums = _soften_all(call, first, second, last, shift, acc, DTYPE)
+        a, b, c, sums = _soften_all(call, first, second, last, reference, acc, DTYPE)
         await_phase(shared.v_full.index(ring_slot(base, DRIFT)), ring_phase(base, DRIFT))
 
         whole = gl.maximum(gl.minimum(whole, item.tiles), 1)

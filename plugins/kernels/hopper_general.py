@@ -71,7 +71,7 @@ def consume_general(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
         rows = item.row0 + GROUP * call.ROWS + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
         visible = item.visible_columns(call, rows)
 
-        m = first_maximum(item, rows)
+        m = first_maximum(call, item, rows)
         reference = m
         sums = no_sums(call)
         acc = gl.full([call.ROWS, call.HEAD], 0.0, gl.float32, ACC)

@@ -6,10 +6,19 @@ scores; or, for decisions of 128 rows at heads of 64, two warpgroups that have a
 for another's vote, and what a tile costs beside its products is paid once for twice the rows.
 """
 
-from hopper_common import DRIFT, arrive_warp, ring_slot
+from hopper_common import DRIFT, arrive_warp, await_unless, phase_over, ring_phase, ring_slot
 from hopper_queries import item_begun, last_scores_done, receive_queries
-from hopper_skip import begin_item, end_item, finish_scores, start_scores, use_last_tile, use_tile
-from hopper_softmax import clean_values, decide, hide_columns, partial_maxima
+from hopper_skip import (
+    add_tile,
+    begin_item,
+    end_item,
+    finish_scores,
+    issue_scores,
+    start_scores,
+    use_last_tile,
+    use_tile,
+)
+from hopper_softmax import clean_values, decide, hide_columns, outgrows, partial_maxima
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -48,19 +57,35 @@ def consume_plain(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def _wide_step(call, shared, item, queries, m, reference, sums, acc, kept, base, visible, j, MASKED: gl.constexpr,
+def _wide_step(call, shared, item, queries, keys, m, reference, sums, acc, kept, base, visible, j, MASKED: gl.constexpr,
                GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+    """Tile j. `keys`: its K is known to have arrived; returned for the next tile.
+
+    Each question to a barrier takes longer than a branch on its answer, so they are asked while the warp waits anyhow:
+    for V of this tile and K of the next one under the product with K. Whether the reference is outgrown is found out
+    while the vote is counted.
+    """
     tile = base + j
-    scores = finish_scores(call, shared, start_scores(call, shared, queries, tile), tile)
+    slot = ring_slot(tile, call.K_STAGES)
+    await_unless(keys, shared.k_full.index(slot), ring_phase(tile, call.K_STAGES))
+    token = issue_scores(call, shared, queries, slot)
+    values = phase_over(shared.v_full.index(ring_slot(tile, DRIFT)), ring_phase(tile, DRIFT))
+    keys = phase_over(shared.k_full.index(ring_slot(tile + 1, call.K_STAGES)), ring_phase(tile + 1, call.K_STAGES))
+    scores = finish_scores(call, shared, token, tile)
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
     maxima = partial_maxima(scores) * call.scale_log2
     keep = decide(call, shared, maxima, m, item.log2_threshold, tile, GROUP)
-    m, reference, sums, acc, kept = use_tile(
-        call, shared, scores, call.scale_log2, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
-    )
+    rises = outgrows(maxima, reference)
+    if keep > 0:
+        await_unless(values, shared.v_full.index(ring_slot(tile, DRIFT)), ring_phase(tile, DRIFT))
+        slot = ring_slot(tile, call.V_STAGES)  # here, before the branch in `add_tile`: 5 % with nothing skipped
+        m, reference, sums, acc = add_tile(
+            call, shared, scores, call.scale_log2, maxima, rises, m, reference, sums, acc, slot, DTYPE
+        )
+        kept += 1
     arrive_warp(shared.v_free.index(ring_slot(tile, DRIFT)))
-    return m, reference, sums, acc, kept
+    return keys, m, reference, sums, acc, kept
 
 
 @gluon.jit
@@ -79,15 +104,16 @@ def consume_wide(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
         whole = gl.minimum(whole, item.tiles - 1)
         reference = m
         kept = 0
+        keys = gl.to_tensor(0)
         queries = receive_queries(call, shared, sequence, GROUP)
         item_begun(call, shared, sequence, GROUP)
         for j in range(whole):
-            m, reference, sums, acc, kept = _wide_step(
-                call, shared, item, queries, m, reference, sums, acc, kept, base, visible, j, False, GROUP, DTYPE
+            keys, m, reference, sums, acc, kept = _wide_step(
+                call, shared, item, queries, keys, m, reference, sums, acc, kept, base, visible, j, False, GROUP, DTYPE
             )
         for j in range(whole, item.tiles - 1):
-            m, reference, sums, acc, kept = _wide_step(
-                call, shared, item, queries, m, reference, sums, acc, kept, base, visible, j, True, GROUP, DTYPE
+            keys, m, reference, sums, acc, kept = _wide_step(
+                call, shared, item, queries, keys, m, reference, sums, acc, kept, base, visible, j, True, GROUP, DTYPE
             )
         last = base + item.tiles - 1
         scores = finish_scores(call, shared, start_scores(call, shared, queries, last), last)

@@ -36,8 +36,13 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 def start_scores(call, shared, queries, tile):
     """Issues Q K^T of a tile."""
     slot = ring_slot(tile, call.K_STAGES)
-    zeros = gl.full([call.ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
     await_phase(shared.k_full.index(slot), ring_phase(tile, call.K_STAGES))
+    return issue_scores(call, shared, queries, slot)
+
+
+@gluon.jit
+def issue_scores(call, shared, queries, slot):
+    zeros = gl.full([call.ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
     return warpgroup_mma(queries, shared.k.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
@@ -54,31 +59,40 @@ def use_tile(call, shared, scores, scale, maxima, keep, m, reference, sums, acc,
     if keep > 0:
         await_phase(shared.v_full.index(ring_slot(tile, DRIFT)), ring_phase(tile, DRIFT))
         slot = ring_slot(tile, call.V_STAGES)
-        if outgrows(maxima, reference) > 0:
-            following = raised(m, maxima)
-            alpha = gl.exp2(reference - finite(following))
-            sums = scale_sums(sums, alpha)
-            acc = rescale(acc, alpha)
-            reference = following
-        shift = finite(reference)
-        QUARTER: gl.constexpr = call.COLUMNS // 4
-        low, high = halves(scores, scores_layout(2 * QUARTER))
-        a, b = halves(low, scores_layout(QUARTER))
-        c, d = halves(high, scores_layout(QUARTER))
-        values = shared.v.index(slot)
-        p, sums_a = soften(call, a, scale, shift, acc, DTYPE)
-        token = warpgroup_mma(p, values.slice(0, QUARTER, dim=0), acc, is_async=True)
-        p, sums_b = soften(call, b, scale, shift, acc, DTYPE)
-        token = warpgroup_mma(p, values.slice(QUARTER, QUARTER, dim=0), token, is_async=True)
-        p, sums_c = soften(call, c, scale, shift, acc, DTYPE)
-        token = warpgroup_mma(p, values.slice(2 * QUARTER, QUARTER, dim=0), token, is_async=True)
-        p, sums_d = soften(call, d, scale, shift, acc, DTYPE)
-        token = warpgroup_mma(p, values.slice(3 * QUARTER, QUARTER, dim=0), token, is_async=True)
-        m = raised(m, maxima)  # only now: what threads exchange for it travels under the products
-        sums += (sums_a + sums_b) + (sums_c + sums_d)
-        acc = warpgroup_mma_wait(0, deps=(token,))
+        rises = outgrows(maxima, reference)
+        m, reference, sums, acc = add_tile(
+            call, shared, scores, scale, maxima, rises, m, reference, sums, acc, slot, DTYPE
+        )
         kept += 1
     return m, reference, sums, acc, kept
+
+
+@gluon.jit
+def add_tile(call, shared, scores, scale, maxima, rises, m, reference, sums, acc, slot, DTYPE: gl.constexpr):
+    """Softmax and product with V, which has arrived in that slot. `rises`: `outgrows` holds, for this warp."""
+    if rises > 0:
+        following = raised(m, maxima)
+        alpha = gl.exp2(reference - finite(call, following))
+        sums = scale_sums(sums, alpha)
+        acc = rescale(acc, alpha)
+        reference = following
+    shift = finite(call, reference)
+    QUARTER: gl.constexpr = call.COLUMNS // 4
+    low, high = halves(scores, scores_layout(2 * QUARTER))
+    a, b = halves(low, scores_layout(QUARTER))
+    c, d = halves(high, scores_layout(QUARTER))
+    values = shared.v.index(slot)
+    p, sums_a = soften(call, a, scale, shift, acc, DTYPE)
+    token = warpgroup_mma(p, values.slice(0, QUARTER, dim=0), acc, is_async=True)
+    p, sums_b = soften(call, b, scale, shift, acc, DTYPE)
+    token = warpgroup_mma(p, values.slice(QUARTER, QUARTER, dim=0), token, is_async=True)
+    p, sums_c = soften(call, c, scale, shift, acc, DTYPE)
+    token = warpgroup_mma(p, values.slice(2 * QUARTER, QUARTER, dim=0), token, is_async=True)
+    p, sums_d = soften(call, d, scale, shift, acc, DTYPE)
+    token = warpgroup_mma(p, values.slice(3 * QUARTER, QUARTER, dim=0), token, is_async=True)
+    m = raised(m, maxima)  # only now: what threads exchange for it travels under the products
+    sums += (sums_a + sums_b) + (sums_c + sums_d)
+    return m, reference, sums, warpgroup_mma_wait(0, deps=(token,))
 
 
 @gluon.jit
@@ -89,7 +103,7 @@ def begin_item(call, item, GROUP: gl.constexpr):
     rows = first_row + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
     whole = item.visible_columns(call, first_row) // call.COLUMNS
     acc = gl.full([call.ROWS, call.HEAD], 0.0, gl.float32, ACC)
-    return item.visible_columns(call, rows), whole, first_maximum(item, rows), no_sums(call), acc
+    return item.visible_columns(call, rows), whole, first_maximum(call, item, rows), no_sums(call), acc
 
 
 @gluon.jit

@@ -16,6 +16,7 @@ from hopper_common import (
     HAS_SINKS,
     NEVER_VOTES,
     TILE_COLUMNS,
+    UNSEEN,
     arrive_warp,
     await_phase,
     ring_phase,
@@ -149,9 +150,12 @@ def any_row_of_warp(wants):
 
 
 @gluon.jit
-def finite(reference):
-    """What a reference counts as in exponents: 0 for rows that have seen nothing yet, because -inf - -inf is NaN."""
-    return gl.where(reference == float("-inf"), 0.0, reference)
+def finite(call, reference):
+    """What a reference counts as in exponents: 0 where it is -inf (`first_maximum`), because -inf - -inf is NaN."""
+    if call.GENERAL:
+        return gl.where(reference == float("-inf"), 0.0, reference)
+    else:
+        return reference
 
 
 @gluon.jit
@@ -217,9 +221,13 @@ def hide_columns(scores, column0, visible, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def first_maximum(item, rows):
-    """Running maximum before the first tile: -inf, and for rows that do not exist a value that never votes."""
-    return gl.where(rows < item.q_end, float("-inf"), NEVER_VOTES)
+def first_maximum(call, item, rows):
+    """Running maximum before the first tile, and for rows that do not exist a value that never votes.
+
+    UNSEEN needs no care in exponents. A bias may lie below it, so where there can be one it is -inf.
+    """
+    FIRST: gl.constexpr = float("-inf") if call.GENERAL else UNSEEN
+    return gl.where(rows < item.q_end, FIRST, NEVER_VOTES)
 
 
 @gluon.jit

@@ -184,8 +184,10 @@ def _inline_asm(asm: str, constraints: Any, args: list[Any], result_types: Any, 
         return tile(int(bool((args[0] != 0).any())))
     if "bar.warp.sync" in asm:
         return args[0].arrive(MACHINE[0].local.warps)
+    if "mbarrier.test_wait" in asm:
+        return tile(int(args[0].done(int(args[1]))))
     if "mbarrier.try_wait" in asm:
-        return _wait(*args)
+        return None if len(args) > 2 and args[2] else _wait(*args[:2])
     if found := re.match(r"barrier\.cta\.(sync|arrive) (\d+), 256;", asm):
         return _named_barrier(*found.groups())
     kinds = result_types if isinstance(result_types, tuple) else (result_types,)  # () where there is no result
