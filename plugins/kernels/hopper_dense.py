@@ -109,18 +109,16 @@ def _step_speculative(call, shared, queries, visible, a, b, c, acc, reference, s
     scores, acc_token = _issue(call, shared, queries, a, b, c, acc, tile, GROUP)
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
-    shift = reference
     first, second, last = _divide(scores, call.COLUMNS)
-    a, sums_a = soften(call, first, call.scale_log2, shift, acc, DTYPE)
+    a, sums_a = soften(call, first, call.scale_log2, reference, acc, DTYPE)
     acc = _finish(call, shared, acc_token, tile)
-    b, sums_b = soften(call, second, call.scale_log2, shift, acc, DTYPE)
-    c, sums_c = soften(call, last, call.scale_log2, shift, acc, DTYPE)
+    b, sums_b = soften(call, second, call.scale_log2, reference, acc, DTYPE)
+    c, sums_c = soften(call, last, call.scale_log2, reference, acc, DTYPE)
     total = sums_a + sums_b + sums_c
     if any_row_of_warp(total > OUTGROWN) > 0:
         following = gl.maximum(reference, gl.max(scores, 1) * call.scale_log2)
-        shift = following
-        alpha = gl.exp2(reference - shift)
-        a, b, c, total = _soften_all(call, first, second, last, shift, acc, DTYPE)
+        alpha = gl.exp2(reference - following)
+        a, b, c, total = _soften_all(call, first, second, last, following, acc, DTYPE)
         acc = rescale(acc, alpha)
         sums = scale_sums(sums, alpha)
         reference = following
@@ -138,14 +136,13 @@ def _step_checked(call, shared, queries, visible, a, b, c, acc, reference, sums,
     following = reference
     if rises > 0:
         following = gl.maximum(reference, gl.max(scores, 1) * call.scale_log2)
-    shift = following
     first, second, last = _divide(scores, call.COLUMNS)
-    a, sums_a = soften(call, first, call.scale_log2, shift, acc, DTYPE)
-    b, sums_b = soften(call, second, call.scale_log2, shift, acc, DTYPE)
-    c, sums_c = soften(call, last, call.scale_log2, shift, acc, DTYPE)
+    a, sums_a = soften(call, first, call.scale_log2, following, acc, DTYPE)
+    b, sums_b = soften(call, second, call.scale_log2, following, acc, DTYPE)
+    c, sums_c = soften(call, last, call.scale_log2, following, acc, DTYPE)
     acc = _finish(call, shared, acc_token, tile)
     if rises > 0:
-        alpha = gl.exp2(reference - shift)
+        alpha = gl.exp2(reference - following)
         acc = rescale(acc, alpha)
         sums = scale_sums(sums, alpha)
     return a, b, c, acc, following, sums + (sums_a + sums_b + sums_c)

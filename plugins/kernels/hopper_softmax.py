@@ -224,7 +224,8 @@ def hide_columns(scores, column0, visible, COLUMNS: gl.constexpr):
 def first_maximum(call, item, rows):
     """Running maximum before the first tile, and for rows that do not exist a value that never votes.
 
-    UNSEEN needs no care in exponents. A bias may lie below it, so where there can be one it is -inf.
+    UNSEEN needs no care in exponents. Scores below it, which take factors of 1e14 and more, count as hidden. A bias may
+    lie below it, so where there can be one it is -inf.
     """
     FIRST: gl.constexpr = float("-inf") if call.GENERAL else UNSEEN
     return gl.where(rows < item.q_end, FIRST, NEVER_VOTES)
