@@ -14,7 +14,7 @@ namespace {
 constexpr int kMAX_HEAD = 256;
 constexpr int kTILE_COLUMNS = 128;
 constexpr int kHOPPER = 90;                          // compute capability, times ten
-constexpr std::int64_t kMAX_BLOCKS = 0x7fffffff;
+constexpr std::int64_t kMAX_BLOCKS = 0x7fffffff;     // of query rows: their numbers have 31 bits
 constexpr int kSMALL_ROWS = 128;                     // query rows of a work item where larger ones would be wasted
 constexpr std::int64_t kPREFILL_ROW_STRIDE = 1 << 24; // offsets within 128 rows of K or V have 32 bits there
 

@@ -79,7 +79,7 @@ def _wide_step(call, shared, item, queries, keys, m, reference, sums, acc, kept,
     rises = outgrows(maxima, reference)
     if keep > 0:
         await_unless(values, shared.v_full.index(ring_slot(tile, DRIFT)), ring_phase(tile, DRIFT))
-        slot = ring_slot(tile, call.V_STAGES)  # here, before the branch in `add_tile`: 5 % with nothing skipped
+        slot = ring_slot(tile, call.V_STAGES)  # before the branch in `add_tile`: 5 % (README.md)
         m, reference, sums, acc = add_tile(
             call, shared, scores, call.scale_log2, maxima, rises, m, reference, sums, acc, slot, DTYPE
         )

@@ -42,6 +42,7 @@ def start_scores(call, shared, queries, tile):
 
 @gluon.jit
 def issue_scores(call, shared, queries, slot):
+    """The same for K in a slot, which has arrived."""
     zeros = gl.full([call.ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
     return warpgroup_mma(queries, shared.k.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
 

@@ -72,8 +72,13 @@ def test_refusals_name_the_reason(emulation: Emulation, options: dict[str, objec
 
 def test_too_many_rows_are_refused_before_anything_is_enqueued(emulation: Emulation) -> None:
     rows = torch.empty(1 << 16, 64, 40000, 64, dtype=torch.bfloat16, device="meta")
-    refused = native.pack(rows, rows, rows, rows, br=64, bc=128, scale=1.0)
+    counts = torch.full((64, 2), 7, dtype=torch.int32)
+    refused = native.pack(rows, rows, rows, rows, br=64, bc=128, scale=1.0, counts=counts)
     assert "2^31 blocks of 64 query rows" in emulation.library.refusal(refused)
+    workspace = torch.empty(256, dtype=torch.uint8)
+    with pytest.raises(native.KernelError, match=r"2\^31 blocks"):
+        emulation.library.launch(refused.with_workspace(workspace), 0)
+    assert bool((counts == 7).all())
 
 
 def test_supported(emulation: Emulation) -> None:
