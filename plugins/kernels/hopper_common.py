@@ -70,6 +70,19 @@ def await_unless(over, barrier, phase):
     )  # fmt: skip
 
 
+@gluon.jit
+def end_block(tile):
+    """Ends a basic block, by a branch that is never taken: what stands below, ptxas does not move above it.
+
+    Only one in a kernel works: after the first, ptxas knows that `tile`, a running number, is not negative.
+    """
+    gl.inline_asm(
+        "{ .reg .pred negative; setp.lt.s32 negative, $0, 0; @!negative bra done;"
+        " again: nanosleep.u32 1000; bra again; done: }",
+        ("r",), [tile], (), is_pure=False,
+    )  # fmt: skip
+
+
 @gluon.constexpr_function
 def _turn_asm(what, barrier):
     return f"barrier.cta.{what} {barrier}, 256;"  # the warpgroup whose turn it is, and the one that gives it

@@ -6,7 +6,7 @@ scores; or, for decisions of 128 rows at heads of 64, two warpgroups that have a
 for another's vote, and what a tile costs beside its products is paid once for twice the rows.
 """
 
-from hopper_common import DRIFT, arrive_warp, await_unless, phase_over, ring_phase, ring_slot
+from hopper_common import DRIFT, arrive_warp, await_phase, await_unless, end_block, phase_over, ring_phase, ring_slot
 from hopper_queries import item_begun, last_scores_done, receive_queries
 from hopper_skip import (
     add_tile,
@@ -18,7 +18,7 @@ from hopper_skip import (
     use_last_tile,
     use_tile,
 )
-from hopper_softmax import clean_values, decide, hide_columns, outgrows, partial_maxima
+from hopper_softmax import clean_values, decide, hide_columns, outgrows, partial_maxima, post_vote
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -69,6 +69,8 @@ def _wide_step(call, shared, item, queries, keys, m, reference, sums, acc, kept,
     slot = ring_slot(tile, call.K_STAGES)
     await_unless(keys, shared.k_full.index(slot), ring_phase(tile, call.K_STAGES))
     token = issue_scores(call, shared, queries, slot)
+    if call.HEAD == 128:  # else the eight products would be issued between what follows; at 64, with four, 1 % slower
+        end_block(tile)
     values = phase_over(shared.v_full.index(ring_slot(tile, DRIFT)), ring_phase(tile, DRIFT))
     keys = phase_over(shared.k_full.index(ring_slot(tile + 1, call.K_STAGES)), ring_phase(tile + 1, call.K_STAGES))
     scores = finish_scores(call, shared, token, tile)
@@ -89,8 +91,39 @@ def _wide_step(call, shared, item, queries, keys, m, reference, sums, acc, kept,
 
 
 @gluon.jit
+def _tiles_seen(call, item, GROUP: gl.constexpr):
+    """Leading tiles in which some row of this warpgroup sees something, and at least one: the others are not computed.
+
+    Causality shows more to the item's last rows than to its first, and at the end of the sequence rows are missing.
+    """
+    first = item.row0 + GROUP * call.ROWS
+    last = gl.minimum(first + call.ROWS, item.q_end) - 1
+    tiles = gl.cdiv(item.visible_columns(call, last), call.COLUMNS)
+    return gl.where(last >= first, gl.maximum(tiles, 1), 1)
+
+
+@gluon.jit
+def _pass_tiles(call, shared, item, base, first, cleaned, GROUP: gl.constexpr):
+    """Gives back what this warpgroup does not need: the item's tiles from `first` on.
+
+    K is waited for all the same: its slot is free when every warpgroup has arrived for this tile, not for one before.
+    """
+    for j in range(first, item.tiles):
+        tile = base + j
+        slot = ring_slot(tile, call.K_STAGES)
+        await_phase(shared.k_full.index(slot), ring_phase(tile, call.K_STAGES))
+        arrive_warp(shared.k_free.index(slot))
+        if call.ON_DEMAND:
+            post_vote(shared, 0, tile, GROUP)
+        if j == item.tiles - 1:
+            cleaned = clean_values(call, shared, item, tile, cleaned, GROUP)
+        arrive_warp(shared.v_free.index(ring_slot(tile, DRIFT)))
+    return cleaned
+
+
+@gluon.jit
 def consume_wide(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
-    """A loop for tiles that every row sees whole, one for the others, and the last tile.
+    """A loop for tiles that every row of the warpgroup sees whole, one for the others, the last, and those beyond.
 
     Nothing in the first but the vote decides a branch: where ptxas cannot see that all threads of a warp branch alike,
     it moves every operand address through vector registers.
@@ -101,7 +134,8 @@ def consume_wide(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
     while shared.receive_item(sequence) != 0:
         item = shared.read_item(sequence)
         visible, whole, m, sums, acc = begin_item(call, item, GROUP)
-        whole = gl.minimum(whole, item.tiles - 1)
+        tiles = _tiles_seen(call, item, GROUP)
+        whole = gl.minimum(whole, tiles - 1)  # the last tile has its own step
         reference = m
         kept = 0
         keys = gl.to_tensor(0)
@@ -111,16 +145,17 @@ def consume_wide(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
             keys, m, reference, sums, acc, kept = _wide_step(
                 call, shared, item, queries, keys, m, reference, sums, acc, kept, base, visible, j, False, GROUP, DTYPE
             )
-        for j in range(whole, item.tiles - 1):
+        for j in range(whole, tiles - 1):
             keys, m, reference, sums, acc, kept = _wide_step(
                 call, shared, item, queries, keys, m, reference, sums, acc, kept, base, visible, j, True, GROUP, DTYPE
             )
-        last = base + item.tiles - 1
+        last = base + tiles - 1
         scores = finish_scores(call, shared, start_scores(call, shared, queries, last), last)
         last_scores_done(call, shared, sequence, GROUP)
         reference, sums, acc, kept, cleaned = use_last_tile(
-            call, shared, item, visible, scores, m, reference, sums, acc, kept, cleaned, last, GROUP, DTYPE
+            call, shared, item, visible, scores, m, reference, sums, acc, kept, cleaned, last, tiles, GROUP, DTYPE
         )
+        cleaned = _pass_tiles(call, shared, item, base, tiles, cleaned, GROUP)
         end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE, GROUP)
         base += item.tiles
         sequence += 1

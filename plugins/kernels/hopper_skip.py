@@ -108,13 +108,17 @@ def begin_item(call, item, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def use_last_tile(call, shared, item, visible, scores, m, reference, sums, acc, kept, cleaned, tile,
+def use_last_tile(call, shared, item, visible, scores, m, reference, sums, acc, kept, cleaned, tile, tiles,
                   GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
-    """The item's last tile: something of it may be hidden, and V beyond `kv_lengths` is zeroed."""
-    scores = hide_columns(scores, (item.tiles - 1) * call.COLUMNS, visible, call.COLUMNS)
+    """The last of the `tiles` that this warpgroup computes: something of it may be hidden.
+
+    If it is the item's last, V beyond `kv_lengths` is zeroed.
+    """
+    scores = hide_columns(scores, (tiles - 1) * call.COLUMNS, visible, call.COLUMNS)
     maxima = partial_maxima(scores) * call.scale_log2
     keep = decide(call, shared, maxima, m, item.log2_threshold, tile, GROUP)
-    cleaned = clean_values(call, shared, item, tile, cleaned, GROUP)
+    if tiles == item.tiles:
+        cleaned = clean_values(call, shared, item, tile, cleaned, GROUP)
     m, reference, sums, acc, kept = use_tile(
         call, shared, scores, call.scale_log2, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
     )
@@ -181,7 +185,7 @@ def consume_skip(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
         last_scores_done(call, shared, sequence, GROUP)
         last = base + item.tiles - 1
         reference, sums, acc, kept, cleaned = use_last_tile(
-            call, shared, item, visible, scores, m, reference, sums, acc, kept, cleaned, last, GROUP, DTYPE
+            call, shared, item, visible, scores, m, reference, sums, acc, kept, cleaned, last, item.tiles, GROUP, DTYPE
         )
         end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE, GROUP)
         base += item.tiles
