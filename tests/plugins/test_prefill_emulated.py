@@ -8,6 +8,7 @@ What is not: layouts, registers, the compiler, time.
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -131,6 +132,26 @@ def test_lengths_in_kernels_for_many_rows(many_rows: Emulation, size: int, br: i
     counts = check(many_rows, q, k, v, clean=clean, threshold=THRESHOLD, br=br, is_causal=causal, **options)[1]
     assert int(counts[:, 0].sum()) > 0
     assert "_wide_" in many_rows.launched[0][0]
+
+
+@pytest.mark.parametrize(("size", "br"), WIDE_KERNELS)
+def test_random_calls_in_kernels_for_many_rows(many_rows: Emulation, size: int, br: int) -> None:
+    """Warpgroups of one item that see different numbers of its tiles, or nothing, in random orders of events."""
+    draw = random.Random(size + br)
+    skipped = 0
+    for seed in range(6):
+        rows, columns = draw.randint(17, 420), draw.randint(1, 700)
+        q, k, v = inputs(2, 2, 1, rows, columns, size, keep=draw.choice([0.05, 0.5]), seed=seed)
+        bounds = {"kv_lengths": (0, columns), "q_lengths": (0, rows), "q_start": (-rows, columns)}
+        lengths = {name: [draw.randint(*bound) for _ in range(2)] for name, bound in bounds.items()}
+        options: dict[str, Any] = {name: torch.tensor(values, dtype=torch.int32) for name, values in lengths.items()}
+        clean = q.clone(), k.clone(), v.clone()
+        for b, (keys, valid) in enumerate(zip(lengths["kv_lengths"], lengths["q_lengths"], strict=True)):
+            k[b, :, keys:], v[b, :, keys:], q[b, :, valid:] = float("nan"), float("inf"), float("nan")
+        options |= {"threshold": THRESHOLD, "br": br, "is_causal": seed % 3 > 0}
+        skipped += int(check(many_rows, q, k, v, clean=clean, seed=seed, **options)[1][:, 0].sum())
+        assert "_wide_" in many_rows.launched[0][0]
+    assert skipped > 0
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])
