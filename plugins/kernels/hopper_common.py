@@ -74,7 +74,7 @@ def await_unless(over, barrier, phase):
 def end_block(tile):
     """Ends a basic block, by a branch that is never taken: what stands below, ptxas does not move above it.
 
-    Only one in a kernel works: after the first, ptxas knows that `tile`, a running number, is not negative.
+    A second one on the same `tile`, a running number, does nothing: by then ptxas knows that it is not negative.
     """
     gl.inline_asm(
         "{ .reg .pred negative; setp.lt.s32 negative, $0, 0; @!negative bra done;"

@@ -18,7 +18,7 @@ from hopper_skip import (
     use_last_tile,
     use_tile,
 )
-from hopper_softmax import clean_values, decide, hide_columns, outgrows, partial_maxima, post_vote
+from hopper_softmax import clean_values, decide, hide_columns, outgrows, partial_maxima, post_vote, tiles_seen
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -69,7 +69,7 @@ def _wide_step(call, shared, item, queries, keys, m, reference, sums, acc, kept,
     slot = ring_slot(tile, call.K_STAGES)
     await_unless(keys, shared.k_full.index(slot), ring_phase(tile, call.K_STAGES))
     token = issue_scores(call, shared, queries, slot)
-    if call.HEAD == 128:  # else the eight products would be issued between what follows; at 64, with four, 1 % slower
+    if call.HEAD == 128:  # else ptxas puts what follows between the eight products; at 64, with four, 1 % slower
         end_block(tile)
     values = phase_over(shared.v_full.index(ring_slot(tile, DRIFT)), ring_phase(tile, DRIFT))
     keys = phase_over(shared.k_full.index(ring_slot(tile + 1, call.K_STAGES)), ring_phase(tile + 1, call.K_STAGES))
@@ -88,18 +88,6 @@ def _wide_step(call, shared, item, queries, keys, m, reference, sums, acc, kept,
         kept += 1
     arrive_warp(shared.v_free.index(ring_slot(tile, DRIFT)))
     return keys, m, reference, sums, acc, kept
-
-
-@gluon.jit
-def _tiles_seen(call, item, GROUP: gl.constexpr):
-    """Leading tiles in which some row of this warpgroup sees something, and at least one: the others are not computed.
-
-    Causality shows more to the item's last rows than to its first, and at the end of the sequence rows are missing.
-    """
-    first = item.row0 + GROUP * call.ROWS
-    last = gl.minimum(first + call.ROWS, item.q_end) - 1
-    tiles = gl.cdiv(item.visible_columns(call, last), call.COLUMNS)
-    return gl.where(last >= first, gl.maximum(tiles, 1), 1)
 
 
 @gluon.jit
@@ -125,6 +113,9 @@ def _pass_tiles(call, shared, item, base, first, cleaned, GROUP: gl.constexpr):
 def consume_wide(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
     """A loop for tiles that every row of the warpgroup sees whole, one for the others, the last, and those beyond.
 
+    Causality shows more to an item's last rows than to its first, and at the end of the sequence rows are missing. A
+    tile of which a warpgroup sees nothing is not computed, unless it is the first.
+
     Nothing in the first but the vote decides a branch: where ptxas cannot see that all threads of a warp branch alike,
     it moves every operand address through vector registers.
     """
@@ -134,7 +125,7 @@ def consume_wide(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
     while shared.receive_item(sequence) != 0:
         item = shared.read_item(sequence)
         visible, whole, m, sums, acc = begin_item(call, item, GROUP)
-        tiles = _tiles_seen(call, item, GROUP)
+        tiles = gl.maximum(tiles_seen(call, item, item.row0 + GROUP * call.ROWS, call.ROWS), 1)
         whole = gl.minimum(whole, tiles - 1)  # the last tile has its own step
         reference = m
         kept = 0

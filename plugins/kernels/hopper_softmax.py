@@ -288,16 +288,21 @@ def store_output(call, shared, item, sequence, acc, reference, sums, DTYPE: gl.c
 
 
 @gluon.jit
-def existing_tiles(call, item, GROUP: gl.constexpr):
-    """Tiles in which some row of the decision that begins with this warpgroup's rows sees something.
+def tiles_seen(call, item, first, rows):
+    """Leading tiles in which some of so many rows from `first` on sees something.
 
-    For kernels in which what a row sees is a number of columns. 0 where no decision begins with these rows.
+    For kernels in which what a row sees is a number of columns, and never fewer than the row before.
     """
+    last = gl.minimum(first + rows, item.q_end) - 1
+    return gl.where(last >= first, gl.cdiv(item.visible_columns(call, last), TILE_COLUMNS), 0)
+
+
+@gluon.jit
+def existing_tiles(call, item, GROUP: gl.constexpr):
+    """Tiles of the decision that begins with this warpgroup's rows; 0 where none begins there."""
     first = item.row0 + GROUP * call.ROWS
     rows = gl.where(call.has(COUNTS_128_ROWS), 128, 64)
-    last = gl.minimum(first + rows, item.q_end) - 1
-    tiles = gl.cdiv(item.visible_columns(call, last), TILE_COLUMNS)
-    return gl.where((first % rows == 0) & (last >= first), tiles, 0)
+    return gl.where(first % rows == 0, tiles_seen(call, item, first, rows), 0)
 
 
 @gluon.jit

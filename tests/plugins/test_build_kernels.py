@@ -120,6 +120,10 @@ def test_a_subset_compiles(tmp_path: Path) -> None:
         loops = tile_loops(tmp_path / f"sm90a_{name}.cubin")
         assert len(loops) == 2 * warpgroups
         assert all(body.count(" R2UR ") < 0.5 * body.count(" HGMMA.") for body in loops), name
+    for body in loops:  # of the wide kernel: the eight products with K are issued in one go
+        code = [line for line in body.splitlines() if "/*" in line]
+        places = [at for at, line in enumerate(code) if " HGMMA." in line][:8]
+        assert places[7] - places[1] == 6, places
     architectures = {"sm_80": 99 << 10, "sm_90a": 227 << 10, "sm_100f": 227 << 10, "sm_120": 99 << 10,
                      "sm_100": 99 << 10}  # fmt: skip
     assert {kernel["architecture"] for kernel in manifest["kernels"]} == set(architectures)
