@@ -68,7 +68,7 @@ def _signature(spec: Specialisation, gl: Any) -> tuple[dict[str, str], dict[str,
     constants: dict[str, object] = {
         "DTYPE": gl.float16 if spec.dtype == "fp16" else gl.bfloat16, "HEAD": spec.head, "GROUPS": spec.groups,
         "ROWS": spec.group_rows, "COLUMNS": spec.columns, "QUERIES": spec.queries, "K_STAGES": spec.key_stages,
-        "V_STAGES": spec.value_stages, "SCHEDULE": spec.schedule, "CAUSAL": spec.causal,
+        "V_STAGES": spec.value_stages, "ALTERNATE": spec.alternate, "SCHEDULE": spec.schedule, "CAUSAL": spec.causal,
         "JOINT": spec.joins_votes, "SPECULATIVE": spec.speculative, "ON_DEMAND": spec.on_demand,
         "CONSUMER_REGISTERS": spec.registers,
     }  # fmt: skip

@@ -6,6 +6,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 TILE_COLUMNS = gl.constexpr(128)  # key columns of a decision, whatever the width of a loaded tile
 DRIFT = gl.constexpr(8)  # tiles by which the roles may drift apart, and more: K_STAGES + V_STAGES at most
+DRIFT_BITS = gl.constexpr(3)
 TURN_BARRIER = gl.constexpr(12)  # first named barrier of the turns, above those of Triton and of the votes
 NEVER_VOTES = gl.constexpr(1e30)  # running maximum of a row outside the tensor: nothing comes near it
 UNSEEN = gl.constexpr(-1e30)  # running maximum of a row that has seen nothing but -inf: whatever comes outgrows it
@@ -117,6 +118,27 @@ def ring_phase(tile, STAGES: gl.constexpr):
     return (tile // STAGES) & 1
 
 
+@gluon.jit
+def tile_slot(call, tile):
+    """Where the barriers or the votes of a tile lie among those of all tiles within DRIFT.
+
+    By a mask, as `ring_slot` says no, in the kernels where nothing was hoisted and it was 1 % faster (README.md).
+    """
+    if call.ALTERNATE:
+        return tile & (DRIFT - 1)
+    else:
+        return ring_slot(tile, DRIFT)
+
+
+@gluon.jit
+def tile_phase(call, tile):
+    """The phase in which they are then."""
+    if call.ALTERNATE:
+        return (tile >> DRIFT_BITS) & 1
+    else:
+        return ring_phase(tile, DRIFT)
+
+
 @gluon.aggregate
 class Call:
     """The arguments of one launch."""
@@ -158,8 +180,9 @@ class Call:
     COLUMNS: gl.constexpr  # key columns of a loaded tile
     HEAD: gl.constexpr  # head size in shared memory; narrower heads are zero-filled by the copy engine
     QUERIES: gl.constexpr  # buffers of Q and the output, see hopper_queries
-    K_STAGES: gl.constexpr  # tiles of K in shared memory
+    K_STAGES: gl.constexpr  # buffers of K, see hopper_rings
     V_STAGES: gl.constexpr
+    ALTERNATE: gl.constexpr  # K and V take turns in one ring
     CAUSAL: gl.constexpr
     GENERAL: gl.constexpr  # window, softcap and bias are possible, and causality is asked for at run time
     JOINT: gl.constexpr  # two warpgroups of 64 rows decide together
@@ -201,12 +224,11 @@ class Item:
 class Shared:
     """Shared memory and its barriers.
 
-    `*_full`: filled by the copy engine. `*_free`: no longer read; every consumer warp arrives for itself. V has
-    barriers for every tile within DRIFT, the others for every buffer.
+    `*_full`: filled by the copy engine. `*_free`: no longer read; every consumer warp arrives for itself.
     """
 
     q: gl.shared_memory_descriptor  # and the output, see hopper_queries
-    k: gl.shared_memory_descriptor
+    k: gl.shared_memory_descriptor  # of K and V, see hopper_rings
     v: gl.shared_memory_descriptor
     item: gl.shared_memory_descriptor
     votes: gl.shared_memory_descriptor
@@ -262,11 +284,11 @@ class Shared:
         return Item(words[0], words[1], words[2], words[3], words[4], words[5], words[6], words[7], words[8])
 
     @gluon.jit
-    def any_vote(self, tile, GROUPS: gl.constexpr):
+    def any_vote(self, call, tile):
         """Whether a warpgroup keeps the tile, once all have voted."""
         result = gl.to_tensor(0)
-        for group in gl.static_range(GROUPS):
-            place = self.votes.index(group * DRIFT + ring_slot(tile, DRIFT))
+        for group in gl.static_range(call.GROUPS):
+            place = self.votes.index(group * DRIFT + tile_slot(call, tile))
             result |= gl.inline_asm("ld.shared.b32 $0, [$1];", ("=r", "r"), [place], gl.int32, is_pure=False)
         return result
 

@@ -6,16 +6,9 @@ one computes exponentials while the other's products run. Exponents are relative
 reference, and a row sum that is too large says that a score has outgrown it.
 """
 
-from hopper_common import (
-    DRIFT,
-    arrive_warp,
-    await_phase,
-    await_turn,
-    give_turn,
-    ring_phase,
-    ring_slot,
-)
+from hopper_common import arrive_warp, await_phase, await_turn, give_turn
 from hopper_queries import item_begun, last_scores_done, receive_queries
+from hopper_rings import key_free, key_full, key_phase, key_slot, value_free, value_full, value_phase, value_slot
 from hopper_softmax import (
     OUTGROWN,
     any_row_of_warp,
@@ -68,21 +61,20 @@ def _multiply(a, b, c, values, acc):
 def _start_scores(call, shared, queries, tile):
     """Issues Q K^T."""
     zeros = gl.full([call.ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
-    k = shared.k.index(ring_slot(tile, call.K_STAGES))
+    k = shared.k.index(key_slot(call, tile))
     return warpgroup_mma(queries, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _issue(call, shared, queries, a, b, c, acc, tile, GROUP: gl.constexpr):
     """Issues Q K^T of a tile and P V of the one before: the scores, and the output in flight."""
-    slot = ring_slot(tile, call.K_STAGES)
-    await_phase(shared.k_full.index(slot), ring_phase(tile, call.K_STAGES))
+    await_phase(key_full(call, shared, tile), key_phase(call, tile))
     await_turn(GROUP)
     scores_token = _start_scores(call, shared, queries, tile)
-    acc_token = _multiply(a, b, c, shared.v.index(ring_slot(tile - 1, call.V_STAGES)), acc)
+    acc_token = _multiply(a, b, c, shared.v.index(value_slot(call, tile - 1)), acc)
     give_turn((GROUP + 1) % call.GROUPS)
     scores = warpgroup_mma_wait(3, deps=(scores_token,))
-    arrive_warp(shared.k_free.index(slot))
+    arrive_warp(key_free(call, shared, tile))
     return scores, acc_token
 
 
@@ -93,9 +85,9 @@ def _finish(call, shared, acc_token, tile):
     The wait for V in front of it ends a basic block: what stands above, ptxas does not move behind the wait for the
     product.
     """
-    await_phase(shared.v_full.index(ring_slot(tile, DRIFT)), ring_phase(tile, DRIFT))
+    await_phase(value_full(call, shared, tile), value_phase(call, tile))
     acc = warpgroup_mma_wait(0, deps=(acc_token,))
-    arrive_warp(shared.v_free.index(ring_slot(tile - 1, DRIFT)))
+    arrive_warp(value_free(call, shared, tile - 1))
     return acc
 
 
@@ -171,11 +163,10 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, SPECUL
         visible = item.visible_columns(call, rows)
         whole = item.visible_columns(call, first_row) // call.COLUMNS  # tiles that need no mask
 
-        slot = ring_slot(base, call.K_STAGES)
         queries = receive_queries(call, shared, sequence, GROUP)
-        await_phase(shared.k_full.index(slot), ring_phase(base, call.K_STAGES))
+        await_phase(key_full(call, shared, base), key_phase(call, base))
         scores = warpgroup_mma_wait(0, deps=(_start_scores(call, shared, queries, base),))
-        arrive_warp(shared.k_free.index(slot))
+        arrive_warp(key_free(call, shared, base))
         item_begun(call, shared, sequence, GROUP)
         if whole == 0:
             scores = hide_columns(scores, 0, visible, call.COLUMNS)
@@ -183,7 +174,7 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, SPECUL
         reference = gl.maximum(first_maximum(call, item, rows), gl.max(scores, 1) * call.scale_log2)
         first, second, last = _divide(scores, call.COLUMNS)
         a, b, c, sums = _soften_all(call, first, second, last, reference, acc, DTYPE)
-        await_phase(shared.v_full.index(ring_slot(base, DRIFT)), ring_phase(base, DRIFT))
+        await_phase(value_full(call, shared, base), value_phase(call, base))
 
         whole = gl.maximum(gl.minimum(whole, item.tiles), 1)
         for j in range(1, whole):
@@ -197,10 +188,9 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, SPECUL
 
         last_scores_done(call, shared, sequence, GROUP)
         base += item.tiles
-        slot = ring_slot(base - 1, call.V_STAGES)
         cleaned = clean_values(call, shared, item, base - 1, cleaned, GROUP)
-        acc = warpgroup_mma_wait(0, deps=(_multiply(a, b, c, shared.v.index(slot), acc),))
-        arrive_warp(shared.v_free.index(ring_slot(base - 1, DRIFT)))
+        acc = warpgroup_mma_wait(0, deps=(_multiply(a, b, c, shared.v.index(value_slot(call, base - 1)), acc),))
+        arrive_warp(value_free(call, shared, base - 1))
 
         item = shared.read_item(sequence)
         store_output(call, shared, item, sequence, acc, reference, sums, DTYPE, GROUP)

@@ -3,15 +3,9 @@
 Slower than the others and complete: whatever the specialised kernels leave out runs here, with the same decisions.
 """
 
-from hopper_common import (
-    DRIFT,
-    HAS_ADDITIVE_BIAS,
-    HAS_BOOL_BIAS,
-    HAS_COUNTS,
-    arrive_warp,
-    ring_slot,
-)
+from hopper_common import HAS_ADDITIVE_BIAS, HAS_BOOL_BIAS, HAS_COUNTS, arrive_warp
 from hopper_queries import item_begun, last_scores_done, receive_queries
+from hopper_rings import value_free
 from hopper_skip import finish_scores, start_scores, use_tile
 from hopper_softmax import (
     add_counts,
@@ -86,21 +80,21 @@ def consume_general(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
             maxima = partial_maxima(scores)
             keep = any_row(maxima - for_shares(m, maxima) >= item.log2_threshold, GROUP)
             if call.JOINT:
-                post_vote(shared, keep, 2 * tile, GROUP)
-                keep = joint_vote(shared, keep, 2 * tile, GROUP)
+                post_vote(call, shared, keep, 2 * tile, GROUP)
+                keep = joint_vote(call, shared, keep, 2 * tile, GROUP)
             if call.has(HAS_COUNTS):
                 exists = for_shares(rows, maxima) < item.q_end
                 sees = any_row((maxima > float("-inf")) & exists, GROUP)
                 if call.JOINT:
-                    post_vote(shared, sees, 2 * tile + 1, GROUP)
-                    sees = joint_vote(shared, sees, 2 * tile + 1, GROUP)
+                    post_vote(call, shared, sees, 2 * tile + 1, GROUP)
+                    sees = joint_vote(call, shared, sees, 2 * tile + 1, GROUP)
                 exist += sees
             if j == item.tiles - 1:
                 cleaned = clean_values(call, shared, item, tile, cleaned, GROUP)
             m, reference, sums, acc, kept = use_tile(
                 call, shared, scores, 1.0, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
             )
-            arrive_warp(shared.v_free.index(ring_slot(tile, DRIFT)))
+            arrive_warp(value_free(call, shared, tile))
 
         last_scores_done(call, shared, sequence, GROUP)
         item = shared.read_item(sequence)

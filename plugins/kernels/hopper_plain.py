@@ -6,8 +6,9 @@ scores; or, for decisions of 128 rows at heads of 64, two warpgroups that have a
 for another's vote, and what a tile costs beside its products is paid once for twice the rows.
 """
 
-from hopper_common import DRIFT, arrive_warp, await_phase, await_unless, end_block, phase_over, ring_phase, ring_slot
+from hopper_common import arrive_warp, await_phase, await_unless, end_block, phase_over
 from hopper_queries import item_begun, last_scores_done, receive_queries
+from hopper_rings import key_free, key_full, key_phase, value_free, value_full, value_phase, value_slot
 from hopper_skip import (
     add_tile,
     begin_item,
@@ -48,7 +49,7 @@ def consume_plain(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
             m, reference, sums, acc, kept = use_tile(
                 call, shared, scores, call.scale_log2, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
             )
-            arrive_warp(shared.v_free.index(ring_slot(tile, DRIFT)))
+            arrive_warp(value_free(call, shared, tile))
 
         last_scores_done(call, shared, sequence, GROUP)
         end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE, GROUP)
@@ -66,13 +67,12 @@ def _wide_step(call, shared, item, queries, keys, m, reference, sums, acc, kept,
     while the vote is counted.
     """
     tile = base + j
-    slot = ring_slot(tile, call.K_STAGES)
-    await_unless(keys, shared.k_full.index(slot), ring_phase(tile, call.K_STAGES))
-    token = issue_scores(call, shared, queries, slot)
+    await_unless(keys, key_full(call, shared, tile), key_phase(call, tile))
+    token = issue_scores(call, shared, queries, tile)
     if call.HEAD == 128:  # else ptxas puts what follows between the eight products; at 64, with four, 1 % slower
         end_block(tile)
-    values = phase_over(shared.v_full.index(ring_slot(tile, DRIFT)), ring_phase(tile, DRIFT))
-    keys = phase_over(shared.k_full.index(ring_slot(tile + 1, call.K_STAGES)), ring_phase(tile + 1, call.K_STAGES))
+    values = phase_over(value_full(call, shared, tile), value_phase(call, tile))
+    keys = phase_over(key_full(call, shared, tile + 1), key_phase(call, tile + 1))
     scores = finish_scores(call, shared, token, tile)
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
@@ -80,13 +80,13 @@ def _wide_step(call, shared, item, queries, keys, m, reference, sums, acc, kept,
     keep = decide(call, shared, maxima, m, item.log2_threshold, tile, GROUP)
     rises = outgrows(maxima, reference)
     if keep > 0:
-        await_unless(values, shared.v_full.index(ring_slot(tile, DRIFT)), ring_phase(tile, DRIFT))
-        slot = ring_slot(tile, call.V_STAGES)  # before the branch in `add_tile`: 5 % (README.md)
+        await_unless(values, value_full(call, shared, tile), value_phase(call, tile))
+        slot = value_slot(call, tile)  # before the branch in `add_tile`: 5 % (README.md)
         m, reference, sums, acc = add_tile(
             call, shared, scores, call.scale_log2, maxima, rises, m, reference, sums, acc, slot, DTYPE
         )
         kept += 1
-    arrive_warp(shared.v_free.index(ring_slot(tile, DRIFT)))
+    arrive_warp(value_free(call, shared, tile))
     return keys, m, reference, sums, acc, kept
 
 
@@ -98,14 +98,13 @@ def _pass_tiles(call, shared, item, base, first, cleaned, GROUP: gl.constexpr):
     """
     for j in range(first, item.tiles):
         tile = base + j
-        slot = ring_slot(tile, call.K_STAGES)
-        await_phase(shared.k_full.index(slot), ring_phase(tile, call.K_STAGES))
-        arrive_warp(shared.k_free.index(slot))
+        await_phase(key_full(call, shared, tile), key_phase(call, tile))
+        arrive_warp(key_free(call, shared, tile))
         if call.ON_DEMAND:
-            post_vote(shared, 0, tile, GROUP)
+            post_vote(call, shared, 0, tile, GROUP)
         if j == item.tiles - 1:
             cleaned = clean_values(call, shared, item, tile, cleaned, GROUP)
-        arrive_warp(shared.v_free.index(ring_slot(tile, DRIFT)))
+        arrive_warp(value_free(call, shared, tile))
     return cleaned
 
 

@@ -18,10 +18,19 @@ from hopper_common import (
     RUN_WHERE_SPARSE,
     Item,
     arrive_warp,
-    ring_phase,
-    ring_slot,
+    tile_phase,
+    tile_slot,
 )
 from hopper_queries import load_queries
+from hopper_rings import (
+    await_key_buffer,
+    await_value_buffer,
+    key_full,
+    key_slot,
+    value_full,
+    value_slot,
+    voted_before,
+)
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
@@ -106,10 +115,9 @@ def produce_keys(call, shared):
             shared.publish_item(sequence, 1, item)
             kv_head = item.head // call.group
             for j in range(item.tiles):
-                slot = ring_slot(tile, call.K_STAGES)
-                mbarrier.wait(shared.k_free.index(slot), ring_phase(tile, call.K_STAGES) ^ 1)
-                load_tile(call.k, item.batch, kv_head, (item.first + j) * call.COLUMNS, shared.k_full.index(slot),
-                          shared.k.index(slot), call.COLUMNS, call.HEAD)  # fmt: skip
+                await_key_buffer(call, shared, tile)
+                load_tile(call.k, item.batch, kv_head, (item.first + j) * call.COLUMNS, key_full(call, shared, tile),
+                          shared.k.index(key_slot(call, tile)), call.COLUMNS, call.HEAD)  # fmt: skip
                 if j == 0:
                     load_queries(call, shared, item, sequence)
                 tile += 1
@@ -121,18 +129,9 @@ def produce_keys(call, shared):
     shared.publish_item(sequence, 0, unpack_item(call, gl.to_tensor(0)))
 
 
-@gluon.constexpr_function
-def _ahead(key_stages, value_stages):
-    """Tiles by which the producer of V may be ahead of the slots of K that are taken in order."""
-    return max(value_stages - key_stages, 0)
-
-
 @gluon.jit
 def produce_values(call, shared):
     """The second producer warp: streams V, so that waiting for its buffers does not hold up K.
-
-    Nobody waits for V of a tile that he skips, so this role keeps the others from running away from it by holding back
-    a slot of K: that of the same tile, or, where there are more buffers of V than of K, that of an earlier one.
 
     ON_DEMAND, while few tiles are kept, V is loaded only when a warpgroup has voted to keep the tile: causal row blocks
     walk through K and V at different places, as those of long full attention come to do, and all of it is more than
@@ -146,31 +145,20 @@ def produce_values(call, shared):
         item = shared.read_item(sequence)
         kv_head = item.head // call.group
         for j in range(item.tiles):
-            slot = ring_slot(tile, call.V_STAGES)
-            full = shared.v_full.index(ring_slot(tile, DRIFT))
-            before = tile - call.V_STAGES  # the tile that had this buffer
-            if before >= 0:
-                mbarrier.wait(shared.v_free.index(ring_slot(before, DRIFT)), ring_phase(before, DRIFT))
-                # whoever skipped it has not waited for its copy
-                mbarrier.wait(shared.v_full.index(ring_slot(before, DRIFT)), ring_phase(before, DRIFT))
-            AHEAD: gl.constexpr = _ahead(call.K_STAGES, call.V_STAGES)
-            if AHEAD == 0:
-                arrive_warp(shared.k_free.index(ring_slot(tile, call.K_STAGES)))
-            elif tile >= AHEAD:
-                arrive_warp(shared.k_free.index(ring_slot(tile - AHEAD, call.K_STAGES)))
+            full = value_full(call, shared, tile)
+            await_value_buffer(call, shared, tile)
             wanted = gl.to_tensor(1)
             if call.ON_DEMAND:
+                before = voted_before(call, tile)
                 if before >= 0:
-                    density += (shared.any_vote(before, call.GROUPS) * DENSITY_ONE - density) // 16
+                    density += (shared.any_vote(call, before) * DENSITY_ONE - density) // 16
                 if density < DENSITY_DEMAND and (call.CAUSAL or call.seq_k > DEMAND_KEYS):
                     for group in gl.static_range(call.GROUPS):
-                        mbarrier.wait(
-                            shared.voted.index(group * DRIFT + ring_slot(tile, DRIFT)), ring_phase(tile, DRIFT)
-                        )
-                    wanted = shared.any_vote(tile, call.GROUPS)
+                        mbarrier.wait(shared.voted.index(group * DRIFT + tile_slot(call, tile)), tile_phase(call, tile))
+                    wanted = shared.any_vote(call, tile)
             if wanted != 0:
-                load_tile(call.v, item.batch, kv_head, (item.first + j) * call.COLUMNS, full, shared.v.index(slot),
-                          call.COLUMNS, call.HEAD)  # fmt: skip
+                load_tile(call.v, item.batch, kv_head, (item.first + j) * call.COLUMNS, full,
+                          shared.v.index(value_slot(call, tile)), call.COLUMNS, call.HEAD)  # fmt: skip
             else:
                 arrive_warp(full)
             tile += 1

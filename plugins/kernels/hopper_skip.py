@@ -6,8 +6,9 @@ flight across a merge of control flow makes ptxas serialise all of them. Inside 
 tile's columns runs under the exponentials of the next quarter. `hopper_plain` has the schedules without such overlap.
 """
 
-from hopper_common import DRIFT, arrive_warp, await_phase, ring_phase, ring_slot
+from hopper_common import arrive_warp, await_phase
 from hopper_queries import item_begun, last_scores_done, receive_queries
+from hopper_rings import key_free, key_full, key_phase, key_slot, value_free, value_full, value_phase, value_slot
 from hopper_softmax import (
     clean_values,
     count_kept,
@@ -35,22 +36,22 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 @gluon.jit
 def start_scores(call, shared, queries, tile):
     """Issues Q K^T of a tile."""
-    slot = ring_slot(tile, call.K_STAGES)
-    await_phase(shared.k_full.index(slot), ring_phase(tile, call.K_STAGES))
-    return issue_scores(call, shared, queries, slot)
+    await_phase(key_full(call, shared, tile), key_phase(call, tile))
+    return issue_scores(call, shared, queries, tile)
 
 
 @gluon.jit
-def issue_scores(call, shared, queries, slot):
-    """The same for K in a slot, which has arrived."""
+def issue_scores(call, shared, queries, tile):
+    """The same for K that has arrived."""
     zeros = gl.full([call.ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
-    return warpgroup_mma(queries, shared.k.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    k = shared.k.index(key_slot(call, tile))
+    return warpgroup_mma(queries, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def finish_scores(call, shared, token, tile):
     scores = warpgroup_mma_wait(0, deps=(token,))
-    arrive_warp(shared.k_free.index(ring_slot(tile, call.K_STAGES)))
+    arrive_warp(key_free(call, shared, tile))
     return scores
 
 
@@ -58,8 +59,8 @@ def finish_scores(call, shared, token, tile):
 def use_tile(call, shared, scores, scale, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE: gl.constexpr):
     """Softmax and product with V, if the tile is kept."""
     if keep > 0:
-        await_phase(shared.v_full.index(ring_slot(tile, DRIFT)), ring_phase(tile, DRIFT))
-        slot = ring_slot(tile, call.V_STAGES)
+        await_phase(value_full(call, shared, tile), value_phase(call, tile))
+        slot = value_slot(call, tile)
         rises = outgrows(maxima, reference)
         m, reference, sums, acc = add_tile(
             call, shared, scores, scale, maxima, rises, m, reference, sums, acc, slot, DTYPE
@@ -122,7 +123,7 @@ def use_last_tile(call, shared, item, visible, scores, m, reference, sums, acc, 
     m, reference, sums, acc, kept = use_tile(
         call, shared, scores, call.scale_log2, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
     )
-    arrive_warp(shared.v_free.index(ring_slot(tile, DRIFT)))
+    arrive_warp(value_free(call, shared, tile))
     return reference, sums, acc, kept, cleaned
 
 
@@ -148,7 +149,7 @@ def _step(call, shared, item, queries, scores, m, reference, sums, acc, kept, ba
         call, shared, scores, call.scale_log2, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
     )
     following = finish_scores(call, shared, token, tile + 1)
-    arrive_warp(shared.v_free.index(ring_slot(tile, DRIFT)))
+    arrive_warp(value_free(call, shared, tile))
     return following, m, reference, sums, acc, kept
 
 

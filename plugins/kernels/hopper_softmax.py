@@ -21,8 +21,11 @@ from hopper_common import (
     await_phase,
     ring_phase,
     ring_slot,
+    tile_phase,
+    tile_slot,
 )
 from hopper_queries import output_buffer, output_sent
+from hopper_rings import value_full, value_phase, value_slot
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
@@ -70,9 +73,9 @@ def any_row(wants, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def post_vote(shared, vote, tile, GROUP: gl.constexpr):
+def post_vote(call, shared, vote, tile, GROUP: gl.constexpr):
     """Publishes this warpgroup's vote on a tile, for the other one and for the producer of V."""
-    place = GROUP * DRIFT + ring_slot(tile, DRIFT)
+    place = GROUP * DRIFT + tile_slot(call, tile)
     gl.inline_asm(
         "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %tid.x; and.b32 lane, lane, 127;"
         " setp.eq.u32 first, lane, 0; @first st.shared.b32 [$0], $1;"
@@ -82,7 +85,7 @@ def post_vote(shared, vote, tile, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def joint_vote(shared, own, tile, GROUP: gl.constexpr):
+def joint_vote(call, shared, own, tile, GROUP: gl.constexpr):
     """Joins the posted votes of two warpgroups that share a row block, so that it is kept if either wants it.
 
     Where the own vote says keep, nothing is waited for: the warpgroups fall into step only at tiles that are about to
@@ -90,8 +93,8 @@ def joint_vote(shared, own, tile, GROUP: gl.constexpr):
     """
     keep = own
     if own == 0:
-        other = (1 - GROUP) * DRIFT + ring_slot(tile, DRIFT)
-        await_phase(shared.voted.index(other), ring_phase(tile, DRIFT))
+        other = (1 - GROUP) * DRIFT + tile_slot(call, tile)
+        await_phase(shared.voted.index(other), tile_phase(call, tile))
         keep = gl.inline_asm("ld.shared.b32 $0, [$1];", ("=r", "r"), [shared.votes.index(other)], gl.int32,
                              is_pure=False)  # fmt: skip
     return keep
@@ -106,9 +109,9 @@ def decide(call, shared, maxima, m, log2_threshold, tile, GROUP: gl.constexpr):
     """
     keep = any_row(maxima - for_shares(m, maxima) >= log2_threshold, GROUP)
     if call.JOINT or call.ON_DEMAND:
-        post_vote(shared, keep, tile, GROUP)
+        post_vote(call, shared, keep, tile, GROUP)
     if call.JOINT:
-        keep = joint_vote(shared, keep, tile, GROUP)
+        keep = joint_vote(call, shared, keep, tile, GROUP)
     return keep
 
 
@@ -241,14 +244,13 @@ def clean_values(call, shared, item, tile, cleaned, GROUP: gl.constexpr):
     end = item.kv_end - (item.first + item.tiles - 1) * call.COLUMNS
     if end < call.COLUMNS and item.kv_end < call.seq_k:
         if GROUP == 0:
-            slot = ring_slot(tile, call.V_STAGES)
-            await_phase(shared.v_full.index(ring_slot(tile, DRIFT)), ring_phase(tile, DRIFT))
+            await_phase(value_full(call, shared, tile), value_phase(call, tile))
             CHUNK: gl.constexpr = 16
             LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
             rows = gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT))
             for c in gl.static_range(call.COLUMNS // CHUNK):
                 if c * CHUNK + CHUNK > end:
-                    part = shared.v.index(slot).slice(c * CHUNK, CHUNK, dim=0)
+                    part = shared.v.index(value_slot(call, tile)).slice(c * CHUNK, CHUNK, dim=0)
                     value = part.load(LAYOUT)
                     part.store(gl.where((c * CHUNK + rows < end)[:, None], value, 0.0))
             fence_async_shared()

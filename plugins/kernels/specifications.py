@@ -12,7 +12,7 @@ DTYPES = ("fp16", "bf16")
 HEADS = (64, 128, 256)
 ACCEPTED_SPILLS = {
     ("dense", 64): 160, ("skip", 64): 32, ("wide", 64): 192, ("general", 64): 2560,
-    ("dense", 128): 32, ("skip", 128): 128, ("wide", 128): 224, ("general", 128): 3328,
+    ("dense", 128): 32, ("skip", 128): 128, ("wide", 128): 240, ("general", 128): 3328,
     ("dense", 256): 64, ("skip", 256): 128, ("general", 256): 8192,
 }  # fmt: skip
 """Bytes a thread may spill, by role and head size; what the build last reported and a little more."""
@@ -35,6 +35,7 @@ class Specialisation:
         queries: buffers of Q and the output, "double", "apart" or "shared" (kernels/hopper_queries.py).
         key_stages: tiles of K in flight.
         value_stages: tiles of V in flight.
+        alternate: K and V take turns in one ring of all these buffers (kernels/hopper_rings.py).
         registers: registers a thread of a consumer may use.
         spills: bytes of spilled registers that are accepted; more fails the build.
         speculative: the dense schedule takes exponentials before it checks their reference.
@@ -52,6 +53,7 @@ class Specialisation:
     queries: str
     key_stages: int
     value_stages: int
+    alternate: bool
     registers: int
     spills: int
     speculative: bool
@@ -98,8 +100,9 @@ def _specialise(dtype: str, head: int, role: str, causal: bool, joint: bool) -> 
         if role == "skip":
             schedule = "plain"
     return Specialisation(
-        dtype, head, schedule, causal, joint, groups, group_rows, columns, queries, keys, values, registers,
-        ACCEPTED_SPILLS[role, head], speculative=head <= 128, on_demand=role in ("skip", "wide") and head == 128,
+        dtype, head, schedule, causal, joint, groups, group_rows, columns, queries, keys, values,
+        alternate=head == 128 and role in ("dense", "wide"), registers=registers, spills=ACCEPTED_SPILLS[role, head],
+        speculative=head <= 128, on_demand=role in ("skip", "wide") and head == 128,
     )  # fmt: skip
 
 

@@ -194,7 +194,7 @@ class Emulation:
                 machine.local.program, machine.local.roles = program, []
                 prefill(
                     *values, values[0].memory.dtype, spec.head, spec.groups, spec.group_rows, spec.columns,
-                    spec.queries, spec.key_stages, spec.value_stages, spec.schedule, spec.causal,
+                    spec.queries, spec.key_stages, spec.value_stages, spec.alternate, spec.schedule, spec.causal,
                     spec.joins_votes, spec.speculative, spec.on_demand, spec.registers,
                 )  # fmt: skip
                 roles += [_on_program(machine, program, *role) for role in machine.local.roles]
