@@ -258,6 +258,7 @@ def _write(
     result: Calibration, loaded: LoadedModel, output: Path | None, record: Path | None, force: bool
 ) -> tuple[str, ...]:
     if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         save_config(result.config, output, overwrite=force)
     if record is None:
         return ()

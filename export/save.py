@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from sparse_attention.errors import ModelError, UsageError
 
 
 def check_output(path: Path, *, force: bool = False) -> None:
-    """Refuses an output that exists or cannot be written, before any work is done.
+    """Refuses an output that exists or cannot be written, before any work is done; makes no folder yet.
 
     Raises:
         UsageError: with what to do instead.
@@ -27,13 +26,12 @@ def check_output(path: Path, *, force: bool = False) -> None:
         )
     if path.exists() and not force:
         raise UsageError("the output exists already", where=str(path), fix="choose another name, or pass --force")
-    for folder in path.parents:
-        if folder.exists() and not folder.is_dir():
-            raise UsageError("the output cannot be written", where=str(path), found=f"{folder} is no directory",
-                             fix="choose another directory")  # fmt: skip
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not folder.is_dir():
+        raise UsageError("the output cannot be written", where=str(path), found=f"{folder} is no directory",
+                         fix="choose another directory")  # fmt: skip
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".write-test-"):
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test-"):
             pass
     except OSError as error:
         raise UsageError("the output cannot be written", where=str(path), found=error.strerror or str(error),
@@ -44,18 +42,20 @@ def check_output(path: Path, *, force: bool = False) -> None:
 def staged(path: Path) -> Iterator[Path]:
     """Gives a directory beside `path`; what the block leaves there moves to `path`'s directory, `path` itself last.
 
-    Where the block fails or is interrupted, nothing of it stays.
+    The folders of `path` are made. Where the block fails or is interrupted, nothing of it stays.
     """
-    stage = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.partial-"))
     try:
-        yield stage
-        for file in sorted(stage.iterdir(), key=lambda file: file.name == path.name):
-            file.replace(path.parent / file.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            dir=path.parent, prefix=f".{path.name}.partial-", ignore_cleanup_errors=True
+        ) as name:
+            stage = Path(name)
+            yield stage
+            for file in sorted(stage.iterdir(), key=lambda file: file.name == path.name):
+                file.replace(path.parent / file.name)
     except OSError as error:
         raise UsageError("the output cannot be written", where=str(path), found=error.strerror or str(error),
                          fix="check the space and the permissions there") from error  # fmt: skip
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def save_onnx(model: ir.Model, path: Path, side_files: Sequence[Any] = (), *, force: bool = False) -> None:

@@ -45,6 +45,7 @@ def save_histograms(
     about = {"format": _FORMAT, "how": how, "done": list(done), "lengths": lengths, "layers": layers}
     draft = path.with_name(path.name + ".part")
     try:
+        draft.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, draft, metadata={"about": json.dumps(about)})
         draft.replace(path)
     except (OSError, SafetensorError) as error:

@@ -33,6 +33,7 @@ class QualityState:
         if self._path is not None:
             draft = self._path.with_name(self._path.name + ".part")
             try:
+                draft.parent.mkdir(parents=True, exist_ok=True)
                 draft.write_text(json.dumps(self._content), encoding="utf-8")
                 draft.replace(self._path)
             except OSError as error:

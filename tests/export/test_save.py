@@ -118,6 +118,16 @@ def test_outputs_that_cannot_be_written(where: str, words: str, tmp_path: Path) 
     assert names(tmp_path) == ["file"]
 
 
+def test_folders_are_made_when_something_is_written(tmp_path: Path) -> None:
+    """A run that ends before it has a result leaves no folder."""
+    path = tmp_path / "a" / "b" / "x.onnx"
+    check_output(path)
+    assert names(tmp_path) == []
+    with staged(path) as stage:
+        (stage / "x.onnx").write_text("x")
+    assert names(path.parent) == ["x.onnx"]
+
+
 def test_the_named_file_arrives_last(tmp_path: Path) -> None:
     """Whoever waits for it finds everything else."""
     order = []
