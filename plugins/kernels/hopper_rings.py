@@ -90,7 +90,11 @@ def _await_values_gone(call, shared, tile):
 
 @gluon.jit
 def await_key_buffer(call, shared, tile):
-    """For the producer of K: waits for the buffer of a tile."""
+    """For the producer of K: waits for the buffer of a tile.
+
+    Where K and V alternate, that keeps all roles within DRIFT: nobody begins a tile before everybody is done with V of
+    three before (of five buffers), and V of that one has been loaded.
+    """
     if call.ALTERNATE:
         before = tile - (call.K_STAGES + call.V_STAGES + 1) // 2
         if before >= 0:
