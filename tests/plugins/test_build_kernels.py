@@ -121,7 +121,7 @@ def test_a_subset_compiles(tmp_path: Path) -> None:
         loops = tile_loops(tmp_path / f"sm90a_{name}.cubin")
         assert len(loops) == 2 * warpgroups
         assert all(body.count(" R2UR ") < 0.5 * body.count(" HGMMA.") for body in loops), name
-    for body in loops:  # of the wide kernel: the eight products with K are issued in one go
+    for body in loops[::2]:  # of the wide kernel, without masks: the eight products with K are issued in one go
         code = [line for line in body.splitlines() if "/*" in line]
         places = [at for at, line in enumerate(code) if " HGMMA." in line][:8]
         assert places[7] - places[1] == 6, places
