@@ -20,20 +20,20 @@ def check_output(path: Path, *, force: bool = False) -> None:
     Raises:
         UsageError: with what to do instead.
     """
-    if path.is_dir():
-        raise UsageError(
-            "the output is a directory", where=str(path), fix=f"name a file, such as {path / 'model.onnx'}"
-        )
-    if path.exists() and not force:
-        raise UsageError("the output exists already", where=str(path), fix="choose another name, or pass --force")
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
-    if not folder.is_dir():
-        raise UsageError("the output cannot be written", where=str(path), found=f"{folder} is no directory",
-                         fix="choose another directory")  # fmt: skip
     try:
+        if path.is_dir():
+            raise UsageError(
+                "the output is a directory", where=str(path), fix=f"name a file, such as {path / 'model.onnx'}"
+            )
+        if path.exists() and not force:
+            raise UsageError("the output exists already", where=str(path), fix="choose another name, or pass --force")
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        if not folder.is_dir():
+            raise UsageError("the output cannot be written", where=str(path), found=f"{folder} is no directory",
+                             fix="choose another directory")  # fmt: skip
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-test-"):
             pass
-    except OSError as error:
+    except OSError as error:  # also of a name that is too long, and of a folder that may not be entered
         raise UsageError("the output cannot be written", where=str(path), found=error.strerror or str(error),
                          fix="choose a directory you may write to") from error  # fmt: skip
 

@@ -107,7 +107,7 @@ def test_weights_of_another_file_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "words"),
     [("", "output is a directory"), ("file/x.onnx", "file is no directory"), ("file/a/x.onnx", "file is no directory"),
-     ("/proc/x.onnx", "cannot be written")],
+     ("/proc/x.onnx", "cannot be written"), ("n" * 300 + "/x.onnx", "cannot be written")],
 )  # fmt: skip
 def test_outputs_that_cannot_be_written(where: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")

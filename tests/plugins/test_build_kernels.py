@@ -25,7 +25,8 @@ def test_every_combination_is_listed_once() -> None:
     assert len({spec.name for spec in specs}) == len(specs) == 60
     text = (PLUGINS / "kernels/hopper_common.py").read_text()
     drift = re.search(r"^DRIFT = gl\.constexpr\((\d+)\)", text, re.M)
-    assert drift
+    bits = re.search(r"^DRIFT_BITS = gl\.constexpr\((\d+)\)", text, re.M)
+    assert drift and bits and int(drift[1]) == 1 << int(bits[1])
     for spec in specs:
         assert not spec.joint or spec.groups == 2
         assert spec.key_stages + spec.value_stages <= int(drift[1])
