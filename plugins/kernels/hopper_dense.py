@@ -6,9 +6,20 @@ one computes exponentials while the other's products run. Exponents are relative
 reference, and a row sum that is too large says that a score has outgrown it.
 """
 
-from hopper_common import arrive_warp, await_phase, await_turn, give_turn
+from hopper_common import await_turn, give_turn
 from hopper_queries import item_begun, last_scores_done, receive_queries
-from hopper_rings import key_free, key_full, key_phase, key_slot, value_free, value_full, value_phase, value_slot
+from hopper_rings import (
+    at_tile,
+    key_free,
+    key_full,
+    key_phase,
+    next_tile,
+    value_free,
+    value_full,
+    value_phase,
+    value_slot,
+)
+from hopper_shared import arrive_warp, await_phase, read_item, receive_item, release_item
 from hopper_softmax import (
     OUTGROWN,
     any_row_of_warp,
@@ -61,49 +72,49 @@ def _multiply(a, b, c, values, acc):
 def _start_scores(call, shared, queries, tile):
     """Issues Q K^T."""
     zeros = gl.full([call.ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
-    k = shared.k.index(key_slot(call, tile))
+    k = shared.k.index(tile.slot)
     return warpgroup_mma(queries, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _issue(call, shared, queries, a, b, c, acc, tile, GROUP: gl.constexpr):
+def _issue(call, shared, queries, a, b, c, acc, before, tile, GROUP: gl.constexpr):
     """Issues Q K^T of a tile and P V of the one before: the scores, and the output in flight."""
-    await_phase(key_full(call, shared, tile), key_phase(call, tile))
+    await_phase(shared, key_full(call, tile), key_phase(call, tile))
     await_turn(GROUP)
     scores_token = _start_scores(call, shared, queries, tile)
-    acc_token = _multiply(a, b, c, shared.v.index(value_slot(call, tile - 1)), acc)
+    acc_token = _multiply(a, b, c, shared.v.index(value_slot(call, before)), acc)
     give_turn((GROUP + 1) % call.GROUPS)
     scores = warpgroup_mma_wait(3, deps=(scores_token,))
-    arrive_warp(key_free(call, shared, tile))
+    arrive_warp(shared, key_free(call, tile))
     return scores, acc_token
 
 
 @gluon.jit
-def _finish(call, shared, acc_token, tile):
-    """Waits for the output.
+def _finish(call, shared, acc_token, before, tile):
+    """Waits for the output of the tile before.
 
     The wait for V in front of it ends a basic block: what stands above, ptxas does not move behind the wait for the
     product.
     """
-    await_phase(value_full(call, shared, tile), value_phase(call, tile))
+    await_phase(shared, value_full(call, tile), value_phase(call, tile))
     acc = warpgroup_mma_wait(0, deps=(acc_token,))
-    arrive_warp(value_free(call, shared, tile - 1))
+    arrive_warp(shared, value_free(call, before))
     return acc
 
 
 @gluon.jit
-def _step_speculative(call, shared, queries, visible, a, b, c, acc, reference, sums, tile, j, MASKED: gl.constexpr,
-                      GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+def _step_speculative(call, shared, queries, visible, a, b, c, acc, reference, sums, before, tile, j,
+                      MASKED: gl.constexpr, GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
     """One tile. Exponentials are taken with the old reference, and their sums tell whether a score has outgrown it.
 
     So nobody looks for the tile's maximum, unless it has.
     """
-    scores, acc_token = _issue(call, shared, queries, a, b, c, acc, tile, GROUP)
+    scores, acc_token = _issue(call, shared, queries, a, b, c, acc, before, tile, GROUP)
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
     first, second, last = _divide(scores, call.COLUMNS)
     a, sums_a = soften(call, first, call.scale_log2, reference, acc, DTYPE)
-    acc = _finish(call, shared, acc_token, tile)
+    acc = _finish(call, shared, acc_token, before, tile)
     b, sums_b = soften(call, second, call.scale_log2, reference, acc, DTYPE)
     c, sums_c = soften(call, last, call.scale_log2, reference, acc, DTYPE)
     total = sums_a + sums_b + sums_c
@@ -118,10 +129,10 @@ def _step_speculative(call, shared, queries, visible, a, b, c, acc, reference, s
 
 
 @gluon.jit
-def _step_checked(call, shared, queries, visible, a, b, c, acc, reference, sums, tile, j, MASKED: gl.constexpr,
+def _step_checked(call, shared, queries, visible, a, b, c, acc, reference, sums, before, tile, j, MASKED: gl.constexpr,
                   GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
     """One tile. The reference is brought up to date first: at head size 256 faster than `_step_speculative`."""
-    scores, acc_token = _issue(call, shared, queries, a, b, c, acc, tile, GROUP)
+    scores, acc_token = _issue(call, shared, queries, a, b, c, acc, before, tile, GROUP)
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
     rises = outgrows(partial_maxima(scores) * call.scale_log2, reference)
@@ -132,7 +143,7 @@ def _step_checked(call, shared, queries, visible, a, b, c, acc, reference, sums,
     a, sums_a = soften(call, first, call.scale_log2, following, acc, DTYPE)
     b, sums_b = soften(call, second, call.scale_log2, following, acc, DTYPE)
     c, sums_c = soften(call, last, call.scale_log2, following, acc, DTYPE)
-    acc = _finish(call, shared, acc_token, tile)
+    acc = _finish(call, shared, acc_token, before, tile)
     if rises > 0:
         alpha = gl.exp2(reference - following)
         acc = rescale(acc, alpha)
@@ -141,10 +152,13 @@ def _step_checked(call, shared, queries, visible, a, b, c, acc, reference, sums,
 
 
 @gluon.jit
-def _step(call, shared, queries, visible, a, b, c, acc, reference, sums, base, j, MASKED: gl.constexpr,
+def _step(call, shared, queries, visible, a, b, c, acc, reference, sums, before, tile, j, MASKED: gl.constexpr,
           GROUP: gl.constexpr, DTYPE: gl.constexpr, SPECULATIVE: gl.constexpr):  # fmt: skip
     step: gl.constexpr = _step_speculative if SPECULATIVE else _step_checked
-    return step(call, shared, queries, visible, a, b, c, acc, reference, sums, base + j, j, MASKED, GROUP, DTYPE)
+    a, b, c, acc, reference, sums = step(
+        call, shared, queries, visible, a, b, c, acc, reference, sums, before, tile, j, MASKED, GROUP, DTYPE
+    )
+    return a, b, c, acc, reference, sums, tile, next_tile(call, tile)
 
 
 @gluon.jit
@@ -156,17 +170,18 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, SPECUL
     cleaned = 0
     if GROUP == call.GROUPS - 1:
         give_turn(0)
-    while shared.receive_item(sequence) != 0:
-        item = shared.read_item(sequence)
+    while receive_item(call, shared, sequence) != 0:
+        item = read_item(call, shared, sequence)
         first_row = item.row0 + GROUP * call.ROWS
         rows = first_row + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
         visible = item.visible_columns(call, rows)
         whole = item.visible_columns(call, first_row) // call.COLUMNS  # tiles that need no mask
 
+        first_tile = at_tile(call, base)
         queries = receive_queries(call, shared, sequence, GROUP)
-        await_phase(key_full(call, shared, base), key_phase(call, base))
-        scores = warpgroup_mma_wait(0, deps=(_start_scores(call, shared, queries, base),))
-        arrive_warp(key_free(call, shared, base))
+        await_phase(shared, key_full(call, first_tile), key_phase(call, first_tile))
+        scores = warpgroup_mma_wait(0, deps=(_start_scores(call, shared, queries, first_tile),))
+        arrive_warp(shared, key_free(call, first_tile))
         item_begun(call, shared, sequence, GROUP)
         if whole == 0:
             scores = hide_columns(scores, 0, visible, call.COLUMNS)
@@ -174,26 +189,31 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, SPECUL
         reference = gl.maximum(first_maximum(call, item, rows), gl.max(scores, 1) * call.scale_log2)
         first, second, last = _divide(scores, call.COLUMNS)
         a, b, c, sums = _soften_all(call, first, second, last, reference, acc, DTYPE)
-        await_phase(value_full(call, shared, base), value_phase(call, base))
+        await_phase(shared, value_full(call, first_tile), value_phase(call, first_tile))
 
+        before = first_tile
+        tile = next_tile(call, first_tile)
         whole = gl.maximum(gl.minimum(whole, item.tiles), 1)
         for j in range(1, whole):
-            a, b, c, acc, reference, sums = _step(
-                call, shared, queries, visible, a, b, c, acc, reference, sums, base, j, False, GROUP, DTYPE, SPECULATIVE
-            )
+            a, b, c, acc, reference, sums, before, tile = _step(
+                call, shared, queries, visible, a, b, c, acc, reference, sums, before, tile, j, False, GROUP, DTYPE,
+                SPECULATIVE,
+            )  # fmt: skip
         for j in range(whole, item.tiles):
-            a, b, c, acc, reference, sums = _step(
-                call, shared, queries, visible, a, b, c, acc, reference, sums, base, j, True, GROUP, DTYPE, SPECULATIVE
-            )
+            a, b, c, acc, reference, sums, before, tile = _step(
+                call, shared, queries, visible, a, b, c, acc, reference, sums, before, tile, j, True, GROUP, DTYPE,
+                SPECULATIVE,
+            )  # fmt: skip
 
         last_scores_done(call, shared, sequence, GROUP)
         base += item.tiles
-        cleaned = clean_values(call, shared, item, base - 1, cleaned, GROUP)
-        acc = warpgroup_mma_wait(0, deps=(_multiply(a, b, c, shared.v.index(value_slot(call, base - 1)), acc),))
-        arrive_warp(value_free(call, shared, base - 1))
+        cleaned = clean_values(call, shared, item, before, cleaned, GROUP)
+        values = shared.v.index(value_slot(call, before))
+        acc = warpgroup_mma_wait(0, deps=(_multiply(a, b, c, values, acc),))
+        arrive_warp(shared, value_free(call, before))
 
-        item = shared.read_item(sequence)
+        item = read_item(call, shared, sequence)
         store_output(call, shared, item, sequence, acc, reference, sums, DTYPE, GROUP)
         count_all(call, item, GROUP)
-        shared.release_item(sequence)
+        release_item(call, shared, sequence)
         sequence += 1

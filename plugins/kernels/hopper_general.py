@@ -3,25 +3,24 @@
 Slower than the others and complete: whatever the specialised kernels leave out runs here, with the same decisions.
 """
 
-from hopper_common import HAS_ADDITIVE_BIAS, HAS_BOOL_BIAS, HAS_COUNTS, arrive_warp
+from hopper_common import HAS_ADDITIVE_BIAS, HAS_BOOL_BIAS, HAS_COUNTS
 from hopper_queries import item_begun, last_scores_done, receive_queries
-from hopper_rings import value_free
+from hopper_rings import at_tile, value_free
+from hopper_shared import arrive_warp, read_item, receive_item, release_item
 from hopper_skip import finish_scores, start_scores, use_tile
 from hopper_softmax import (
     add_counts,
-    any_row,
     clean_values,
     first_maximum,
     for_shares,
     hide_columns,
-    joint_vote,
     no_sums,
     partial_maxima,
-    post_vote,
     rows_layout,
     scores_layout,
     store_output,
 )
+from hopper_votes import any_row, joint_vote, post_vote
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -60,8 +59,8 @@ def consume_general(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
     sequence = 0
     base = 0
     cleaned = 0
-    while shared.receive_item(sequence) != 0:
-        item = shared.read_item(sequence)
+    while receive_item(call, shared, sequence) != 0:
+        item = read_item(call, shared, sequence)
         rows = item.row0 + GROUP * call.ROWS + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
         visible = item.visible_columns(call, rows)
 
@@ -74,33 +73,33 @@ def consume_general(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
         queries = receive_queries(call, shared, sequence, GROUP)
         item_begun(call, shared, sequence, GROUP)
         for j in range(item.tiles):
-            tile = base + j
+            tile = at_tile(call, base + j)
             scores = finish_scores(call, shared, start_scores(call, shared, queries, tile), tile)
             scores = _logits(call, item, scores, rows, visible, (item.first + j) * call.COLUMNS, DTYPE)
             maxima = partial_maxima(scores)
             keep = any_row(maxima - for_shares(m, maxima) >= item.log2_threshold, GROUP)
             if call.JOINT:
-                post_vote(call, shared, keep, 2 * tile, GROUP)
-                keep = joint_vote(call, shared, keep, 2 * tile, GROUP)
+                post_vote(call, shared, keep, at_tile(call, 2 * tile.number), GROUP)
+                keep = joint_vote(call, shared, keep, at_tile(call, 2 * tile.number), GROUP)
             if call.has(HAS_COUNTS):
                 exists = for_shares(rows, maxima) < item.q_end
                 sees = any_row((maxima > float("-inf")) & exists, GROUP)
                 if call.JOINT:
-                    post_vote(call, shared, sees, 2 * tile + 1, GROUP)
-                    sees = joint_vote(call, shared, sees, 2 * tile + 1, GROUP)
+                    post_vote(call, shared, sees, at_tile(call, 2 * tile.number + 1), GROUP)
+                    sees = joint_vote(call, shared, sees, at_tile(call, 2 * tile.number + 1), GROUP)
                 exist += sees
             if j == item.tiles - 1:
                 cleaned = clean_values(call, shared, item, tile, cleaned, GROUP)
             m, reference, sums, acc, kept = use_tile(
                 call, shared, scores, 1.0, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
             )
-            arrive_warp(value_free(call, shared, tile))
+            arrive_warp(shared, value_free(call, tile))
 
         last_scores_done(call, shared, sequence, GROUP)
-        item = shared.read_item(sequence)
+        item = read_item(call, shared, sequence)
         store_output(call, shared, item, sequence, acc, reference, sums, DTYPE, GROUP)
         if call.has(HAS_COUNTS):
             add_counts(call, item, exist - kept, exist, GROUP)
-        shared.release_item(sequence)
+        release_item(call, shared, sequence)
         base += item.tiles
         sequence += 1

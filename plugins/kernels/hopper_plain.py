@@ -6,9 +6,28 @@ scores; or, for decisions of 128 rows at heads of 64, two warpgroups that have a
 for another's vote, and what a tile costs beside its products is paid once for twice the rows.
 """
 
-from hopper_common import arrive_warp, await_phase, await_unless, end_block, phase_over
+from hopper_common import end_block
 from hopper_queries import item_begun, last_scores_done, receive_queries
-from hopper_rings import key_free, key_full, key_phase, value_free, value_full, value_phase, value_slot
+from hopper_rings import (
+    Tile,
+    at_tile,
+    key_free,
+    key_full,
+    key_phase,
+    next_tile,
+    value_free,
+    value_full,
+    value_phase,
+    value_slot,
+)
+from hopper_shared import (
+    arrive_warp,
+    await_phase,
+    await_unless,
+    phase_over,
+    read_item,
+    receive_item,
+)
 from hopper_skip import (
     add_tile,
     begin_item,
@@ -19,7 +38,8 @@ from hopper_skip import (
     use_last_tile,
     use_tile,
 )
-from hopper_softmax import clean_values, decide, hide_columns, outgrows, partial_maxima, post_vote, tiles_seen
+from hopper_softmax import clean_values, hide_columns, outgrows, partial_maxima, tiles_seen
+from hopper_votes import decide, post_vote
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -30,26 +50,26 @@ def consume_plain(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
     sequence = 0
     base = 0
     cleaned = 0
-    while shared.receive_item(sequence) != 0:
-        item = shared.read_item(sequence)
+    while receive_item(call, shared, sequence) != 0:
+        item = read_item(call, shared, sequence)
         visible, whole, m, sums, acc = begin_item(call, item, GROUP)
         reference = m
         kept = 0
         queries = receive_queries(call, shared, sequence, GROUP)
         item_begun(call, shared, sequence, GROUP)
         for j in range(item.tiles):
-            tile = base + j
+            tile = at_tile(call, base + j)
             scores = finish_scores(call, shared, start_scores(call, shared, queries, tile), tile)
             if j >= whole:
                 scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
             maxima = partial_maxima(scores) * call.scale_log2
-            keep = decide(call, shared, maxima, m, item.log2_threshold, tile, GROUP)
+            keep = decide(call, shared, item, maxima, m, tile, GROUP)
             if j == item.tiles - 1:
                 cleaned = clean_values(call, shared, item, tile, cleaned, GROUP)
             m, reference, sums, acc, kept = use_tile(
                 call, shared, scores, call.scale_log2, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
             )
-            arrive_warp(value_free(call, shared, tile))
+            arrive_warp(shared, value_free(call, tile))
 
         last_scores_done(call, shared, sequence, GROUP)
         end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE, GROUP)
@@ -58,36 +78,36 @@ def consume_plain(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def _wide_step(call, shared, item, queries, keys, m, reference, sums, acc, kept, base, visible, j, MASKED: gl.constexpr,
-               GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+def _wide_step(call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, j,
+               MASKED: gl.constexpr, GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
     """Tile j. `keys`: its K is known to have arrived; returned for the next tile.
 
     Each question to a barrier takes longer than a branch on its answer, so they are asked while the warp waits anyhow:
     for V of this tile and K of the next one under the product with K. Whether the reference is outgrown is found out
     while the vote is counted.
     """
-    tile = base + j
-    await_unless(keys, key_full(call, shared, tile), key_phase(call, tile))
+    tile = Tile(base + j, tile.slot, tile.place, tile.phase)
+    await_unless(shared, keys, key_full(call, tile), key_phase(call, tile))
     token = issue_scores(call, shared, queries, tile)
     if call.HEAD == 128:  # else ptxas puts what follows between the eight products; at 64, with four, 1 % slower
-        end_block(tile)
-    values = phase_over(value_full(call, shared, tile), value_phase(call, tile))
-    keys = phase_over(key_full(call, shared, tile + 1), key_phase(call, tile + 1))
+        end_block(tile.number)
+    following = next_tile(call, tile)
+    values = phase_over(shared, value_full(call, tile), value_phase(call, tile))
+    keys = phase_over(shared, key_full(call, following), key_phase(call, following))
     scores = finish_scores(call, shared, token, tile)
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
     maxima = partial_maxima(scores) * call.scale_log2
-    keep = decide(call, shared, maxima, m, item.log2_threshold, tile, GROUP)
+    keep = decide(call, shared, item, maxima, m, tile, GROUP)
     rises = outgrows(maxima, reference)
     if keep > 0:
-        await_unless(values, value_full(call, shared, tile), value_phase(call, tile))
-        slot = value_slot(call, tile)  # before the branch in `add_tile`: 5 % (README.md)
+        await_unless(shared, values, value_full(call, tile), value_phase(call, tile))
         m, reference, sums, acc = add_tile(
-            call, shared, scores, call.scale_log2, maxima, rises, m, reference, sums, acc, slot, DTYPE
+            call, shared, scores, call.scale_log2, maxima, rises, m, reference, sums, acc, value_slot(call, tile), DTYPE
         )
         kept += 1
-    arrive_warp(value_free(call, shared, tile))
-    return keys, m, reference, sums, acc, kept
+    arrive_warp(shared, value_free(call, tile))
+    return keys, next_tile(call, tile), m, reference, sums, acc, kept
 
 
 @gluon.jit
@@ -97,14 +117,14 @@ def _pass_tiles(call, shared, item, base, first, cleaned, GROUP: gl.constexpr):
     K is waited for all the same: its slot is free when every warpgroup has arrived for this tile, not for one before.
     """
     for j in range(first, item.tiles):
-        tile = base + j
-        await_phase(key_full(call, shared, tile), key_phase(call, tile))
-        arrive_warp(key_free(call, shared, tile))
+        tile = at_tile(call, base + j)
+        await_phase(shared, key_full(call, tile), key_phase(call, tile))
+        arrive_warp(shared, key_free(call, tile))
         if call.ON_DEMAND:
             post_vote(call, shared, 0, tile, GROUP)
         if j == item.tiles - 1:
             cleaned = clean_values(call, shared, item, tile, cleaned, GROUP)
-        arrive_warp(value_free(call, shared, tile))
+        arrive_warp(shared, value_free(call, tile))
     return cleaned
 
 
@@ -121,25 +141,28 @@ def consume_wide(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
     sequence = 0
     base = 0
     cleaned = 0
-    while shared.receive_item(sequence) != 0:
-        item = shared.read_item(sequence)
+    while receive_item(call, shared, sequence) != 0:
+        item = read_item(call, shared, sequence)
         visible, whole, m, sums, acc = begin_item(call, item, GROUP)
         tiles = gl.maximum(tiles_seen(call, item, item.row0 + GROUP * call.ROWS, call.ROWS), 1)
         whole = gl.minimum(whole, tiles - 1)  # the last tile has its own step
         reference = m
         kept = 0
         keys = gl.to_tensor(0)
+        tile = at_tile(call, base)
         queries = receive_queries(call, shared, sequence, GROUP)
         item_begun(call, shared, sequence, GROUP)
+        last = at_tile(call, base + tiles - 1)
         for j in range(whole):
-            keys, m, reference, sums, acc, kept = _wide_step(
-                call, shared, item, queries, keys, m, reference, sums, acc, kept, base, visible, j, False, GROUP, DTYPE
-            )
+            keys, tile, m, reference, sums, acc, kept = _wide_step(
+                call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, j, False, GROUP,
+                DTYPE,
+            )  # fmt: skip
         for j in range(whole, tiles - 1):
-            keys, m, reference, sums, acc, kept = _wide_step(
-                call, shared, item, queries, keys, m, reference, sums, acc, kept, base, visible, j, True, GROUP, DTYPE
-            )
-        last = base + tiles - 1
+            keys, tile, m, reference, sums, acc, kept = _wide_step(
+                call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, j, True, GROUP,
+                DTYPE,
+            )  # fmt: skip
         scores = finish_scores(call, shared, start_scores(call, shared, queries, last), last)
         last_scores_done(call, shared, sequence, GROUP)
         reference, sums, acc, kept, cleaned = use_last_tile(

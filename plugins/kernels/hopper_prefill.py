@@ -1,12 +1,12 @@
 """The Hopper (sm_90a) prefill kernel: shared memory, barriers, and one warp role per partition."""
 
-from hopper_common import DRIFT, Call, Shared
+from hopper_common import DRIFT, Call
 from hopper_dense import consume_dense
 from hopper_general import consume_general
 from hopper_plain import consume_plain, consume_wide
 from hopper_produce import produce_keys, produce_values
-from hopper_queries import query_buffers, query_stages
-from hopper_rings import key_barriers
+from hopper_queries import query_buffers
+from hopper_shared import cell_count, init_barriers, open_shared
 from hopper_skip import consume_skip
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -14,8 +14,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 
 @gluon.jit
-def _consume(call, shared, GROUP: gl.constexpr, SCHEDULE: gl.constexpr, DTYPE: gl.constexpr,
+def _consume(call, queries, keys, values, cells, GROUP: gl.constexpr, SCHEDULE: gl.constexpr, DTYPE: gl.constexpr,
              SPECULATIVE: gl.constexpr):  # fmt: skip
+    shared = open_shared(queries, keys, values, cells)
     if SCHEDULE == "dense":
         consume_dense(call, shared, GROUP, DTYPE, SPECULATIVE)
     elif SCHEDULE == "skip":
@@ -30,11 +31,12 @@ def _consume(call, shared, GROUP: gl.constexpr, SCHEDULE: gl.constexpr, DTYPE: g
 
 
 @gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    barriers = mbarrier.allocate_mbarrier(batch=COUNT)
-    for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), count=ARRIVALS)
-    return barriers
+def _produce(call, queries, keys, values, cells, KEYS: gl.constexpr):
+    shared = open_shared(queries, keys, values, cells)
+    if KEYS:
+        produce_keys(call, shared)
+    else:
+        produce_values(call, shared)
 
 
 @gluon.jit
@@ -68,35 +70,35 @@ def prefill(
         gl.constexpr(SCHEDULE == "general"), gl.constexpr(JOINT), gl.constexpr(ON_DEMAND),
     )  # fmt: skip
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    WARPS: gl.constexpr = 4  # of a warpgroup
-    WORDS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    keys, values = _tiles(DTYPE, HEAD, COLUMNS, K_STAGES, V_STAGES, ALTERNATE, LAYOUT)
-    K_BARRIERS: gl.constexpr = key_barriers(ALTERNATE, K_STAGES)
+    WARPS: gl.constexpr = 4 * GROUPS  # of consumers
+    CELLS: gl.constexpr = cell_count(GROUPS, QUERIES, K_STAGES, ALTERNATE, DRIFT)
     HOLDS_BACK: gl.constexpr = 0 if ALTERNATE else 1  # the producer of V
-    shared = Shared(
-        gl.allocate_shared_memory(DTYPE, [query_buffers(QUERIES) * GROUPS, ROWS, HEAD], LAYOUT),
-        keys,
-        values,
-        gl.allocate_shared_memory(gl.int32, [2, 16], WORDS),
-        gl.allocate_shared_memory(gl.int32, [GROUPS * DRIFT, 1], WORDS),
-        _barriers(query_stages(QUERIES) * GROUPS, 1), _barriers(query_stages(QUERIES) * GROUPS, WARPS),
-        _barriers(K_BARRIERS, 1), _barriers(K_BARRIERS, GROUPS * WARPS + HOLDS_BACK), _barriers(DRIFT, 1),
-        _barriers(DRIFT, GROUPS * WARPS), _barriers(2, WARPS), _barriers(2, 1), _barriers(2, GROUPS * WARPS + 1),
-        _barriers(GROUPS * DRIFT, 1),
-    )  # fmt: skip
+    keys, values = _tiles(DTYPE, HEAD, COLUMNS, K_STAGES, V_STAGES, ALTERNATE, LAYOUT)
+    queries = gl.allocate_shared_memory(DTYPE, [query_buffers(QUERIES) * GROUPS, ROWS, HEAD], LAYOUT)
+    cells = mbarrier.allocate_mbarrier(batch=CELLS)
+    init_barriers(call, cells, "k_full", 1)
+    init_barriers(call, cells, "k_free", WARPS + HOLDS_BACK)
+    init_barriers(call, cells, "v_full", 1)
+    init_barriers(call, cells, "v_free", WARPS)
+    init_barriers(call, cells, "voted", 1)
+    init_barriers(call, cells, "q_full", 1)
+    init_barriers(call, cells, "q_free", 4)
+    init_barriers(call, cells, "v_clean", 4)
+    init_barriers(call, cells, "item_full", 1)
+    init_barriers(call, cells, "item_free", WARPS + 1)
     fence_async_shared()
     if GROUPS == 2:
         gl.warp_specialize([
-            (_consume, (call, shared, 0, SCHEDULE, DTYPE, SPECULATIVE)),
-            (_consume, (call, shared, 1, SCHEDULE, DTYPE, SPECULATIVE)),
-            (produce_keys, (call, shared)),
-            (produce_values, (call, shared)),
+            (_consume, (call, queries, keys, values, cells, 0, SCHEDULE, DTYPE, SPECULATIVE)),
+            (_consume, (call, queries, keys, values, cells, 1, SCHEDULE, DTYPE, SPECULATIVE)),
+            (_produce, (call, queries, keys, values, cells, True)),
+            (_produce, (call, queries, keys, values, cells, False)),
         ], [4, 1, 1], [CONSUMER_REGISTERS, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (call, shared, 0, SCHEDULE, DTYPE, SPECULATIVE)),
-            (_consume, (call, shared, 1, SCHEDULE, DTYPE, SPECULATIVE)),
-            (_consume, (call, shared, 2, SCHEDULE, DTYPE, SPECULATIVE)),
-            (produce_keys, (call, shared)),
-            (produce_values, (call, shared)),
+            (_consume, (call, queries, keys, values, cells, 0, SCHEDULE, DTYPE, SPECULATIVE)),
+            (_consume, (call, queries, keys, values, cells, 1, SCHEDULE, DTYPE, SPECULATIVE)),
+            (_consume, (call, queries, keys, values, cells, 2, SCHEDULE, DTYPE, SPECULATIVE)),
+            (_produce, (call, queries, keys, values, cells, True)),
+            (_produce, (call, queries, keys, values, cells, False)),
         ], [4, 4, 1, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 24, 24])  # fmt: skip

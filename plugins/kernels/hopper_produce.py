@@ -8,7 +8,6 @@ the epilogue of the current one.
 
 from hopper_common import (
     ALWAYS_KEEP,
-    DRIFT,
     HAS_COUNTER,
     HAS_KV_LENGTHS,
     HAS_Q_LENGTHS,
@@ -17,20 +16,19 @@ from hopper_common import (
     RUN_WHERE_DENSE,
     RUN_WHERE_SPARSE,
     Item,
-    arrive_warp,
-    tile_phase,
-    tile_slot,
 )
 from hopper_queries import load_queries
 from hopper_rings import (
+    at_tile,
     await_key_buffer,
     await_value_buffer,
     key_full,
-    key_slot,
     value_full,
     value_slot,
     voted_before,
 )
+from hopper_shared import arrive_warp, publish_item, read_item, receive_item, release_item
+from hopper_votes import any_vote, await_votes
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
@@ -112,12 +110,14 @@ def produce_keys(call, shared):
     while index < items:
         item = unpack_item(call, index)
         if is_active(call, item):
-            shared.publish_item(sequence, 1, item)
+            publish_item(call, shared, sequence, 1, item)
             kv_head = item.head // call.group
             for j in range(item.tiles):
-                await_key_buffer(call, shared, tile)
-                load_tile(call.k, item.batch, kv_head, (item.first + j) * call.COLUMNS, key_full(call, shared, tile),
-                          shared.k.index(key_slot(call, tile)), call.COLUMNS, call.HEAD)  # fmt: skip
+                place = at_tile(call, tile)
+                await_key_buffer(call, shared, place)
+                full = shared.barrier(key_full(call, place))
+                load_tile(call.k, item.batch, kv_head, (item.first + j) * call.COLUMNS, full,
+                          shared.k.index(place.slot), call.COLUMNS, call.HEAD)  # fmt: skip
                 if j == 0:
                     load_queries(call, shared, item, sequence)
                 tile += 1
@@ -126,7 +126,7 @@ def produce_keys(call, shared):
             index = gl.num_programs(0) + gl.atomic_add(call.counter, 1, sem="relaxed")
         else:
             index += gl.num_programs(0)
-    shared.publish_item(sequence, 0, unpack_item(call, gl.to_tensor(0)))
+    publish_item(call, shared, sequence, 0, unpack_item(call, gl.to_tensor(0)))
 
 
 @gluon.jit
@@ -141,26 +141,26 @@ def produce_values(call, shared):
     sequence = 0
     tile = 0
     density = gl.to_tensor(DENSITY_ONE)
-    while shared.receive_item(sequence) != 0:
-        item = shared.read_item(sequence)
+    while receive_item(call, shared, sequence) != 0:
+        item = read_item(call, shared, sequence)
         kv_head = item.head // call.group
         for j in range(item.tiles):
-            full = value_full(call, shared, tile)
-            await_value_buffer(call, shared, tile)
+            place = at_tile(call, tile)
+            await_value_buffer(call, shared, place)
             wanted = gl.to_tensor(1)
             if call.ON_DEMAND:
-                before = voted_before(call, tile)
+                before = voted_before(call, place)
                 if before >= 0:
-                    density += (shared.any_vote(call, before) * DENSITY_ONE - density) // 16
+                    density += (any_vote(call, shared, at_tile(call, before)) * DENSITY_ONE - density) // 16
                 if density < DENSITY_DEMAND and (call.CAUSAL or call.seq_k > DEMAND_KEYS):
-                    for group in gl.static_range(call.GROUPS):
-                        mbarrier.wait(shared.voted.index(group * DRIFT + tile_slot(call, tile)), tile_phase(call, tile))
-                    wanted = shared.any_vote(call, tile)
+                    await_votes(call, shared, place)
+                    wanted = any_vote(call, shared, place)
             if wanted != 0:
+                full = shared.barrier(value_full(call, place))
                 load_tile(call.v, item.batch, kv_head, (item.first + j) * call.COLUMNS, full,
-                          shared.v.index(value_slot(call, tile)), call.COLUMNS, call.HEAD)  # fmt: skip
+                          shared.v.index(value_slot(call, place)), call.COLUMNS, call.HEAD)  # fmt: skip
             else:
-                arrive_warp(full)
+                arrive_warp(shared, value_full(call, place))
             tile += 1
-        shared.release_item(sequence)
+        release_item(call, shared, sequence)
         sequence += 1

@@ -7,7 +7,8 @@ compiler knows.
 "shared": a single buffer for both, where there is no room for two.
 """
 
-from hopper_common import arrive_warp, await_phase, ring_phase, ring_slot
+from hopper_common import ring_phase, ring_slot
+from hopper_shared import arrive_warp, await_barrier, await_phase, cell
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
@@ -36,8 +37,8 @@ def load_queries(call, shared, item, sequence):
     """The producer's part."""
     for group in gl.static_range(call.GROUPS):
         place = query_place(call, sequence, group)
-        full = shared.q_full.index(place)
-        mbarrier.wait(shared.q_free.index(place), ring_phase(sequence, query_stages(call.QUERIES)) ^ 1)
+        full = shared.barrier(cell(call, "q_full", place))
+        await_barrier(shared, cell(call, "q_free", place), ring_phase(sequence, query_stages(call.QUERIES)) ^ 1)
         mbarrier.expect(full, call.ROWS * call.HEAD * 2)
         tma.async_load(call.q, [item.batch, item.head, item.row0 + group * call.ROWS, 0], full, shared.q.index(place))
 
@@ -46,13 +47,13 @@ def load_queries(call, shared, item, sequence):
 def receive_queries(call, shared, sequence, GROUP: gl.constexpr):
     """Waits for this warpgroup's rows of Q."""
     place = query_place(call, sequence, GROUP)
-    await_phase(shared.q_full.index(place), ring_phase(sequence, query_stages(call.QUERIES)))
+    await_phase(shared, cell(call, "q_full", place), ring_phase(sequence, query_stages(call.QUERIES)))
     return shared.q.index(place)
 
 
 @gluon.jit
 def _free(call, shared, sequence, GROUP: gl.constexpr):
-    arrive_warp(shared.q_free.index(query_place(call, sequence, GROUP)))
+    arrive_warp(shared, cell(call, "q_free", query_place(call, sequence, GROUP)))
 
 
 @gluon.jit

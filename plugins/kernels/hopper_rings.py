@@ -10,69 +10,115 @@ leaves. Scores are done with K long before a softmax is done with V: V of the ne
 slowest warpgroup still multiplies with V of this one, and warpgroups that drift apart do not wait for each other.
 """
 
-from hopper_common import DRIFT, arrive_warp, ring_phase, ring_slot, tile_phase, tile_slot
+from hopper_common import DRIFT, DRIFT_BITS, ring_phase, ring_slot
+from hopper_shared import arrive_warp, await_barrier, cell
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon import language as gl
 
 
 @gluon.constexpr_function
-def key_barriers(alternate, key_stages):
-    """How many K has, of each kind: of every buffer, or, like V, of every tile within DRIFT."""
-    return DRIFT if alternate else key_stages
+def _carries(alternate, head):
+    """Whether loops carry from tile to tile where a tile's barriers are; else that is found from its number."""
+    return alternate or head == 256
+
+
+@gluon.aggregate
+class Tile:
+    number: gl.tensor
+    slot: gl.tensor  # the buffer of K
+    place: gl.tensor  # of its barriers and votes among those of all tiles within DRIFT; 0 where not carried
+    phase: gl.tensor  # that they are in; 0 where not carried
 
 
 @gluon.jit
-def key_slot(call, tile):
-    """The buffer of K."""
+def at_tile(call, number):
+    """The tile with this number."""
     if call.ALTERNATE:
-        return ring_slot(2 * tile, call.K_STAGES + call.V_STAGES)
+        slot = ring_slot(2 * number, call.K_STAGES + call.V_STAGES)
+        return Tile(number, slot, number & (DRIFT - 1), (number >> DRIFT_BITS) & 1)
     else:
-        return ring_slot(tile, call.K_STAGES)
+        slot = ring_slot(number, call.K_STAGES)
+        if _carries(call.ALTERNATE, call.HEAD):
+            return Tile(number, slot, ring_slot(number, DRIFT), ring_phase(number, DRIFT))
+        else:
+            none = gl.to_tensor(0)
+            return Tile(number, slot, none, none)
+
+
+@gluon.jit
+def next_tile(call, tile):
+    """The tile after it. Where K and V alternate, without the division that finds a buffer."""
+    number = tile.number + 1
+    if call.ALTERNATE:
+        slot = _next_buffer(call, _next_buffer(call, tile.slot))
+        return Tile(number, slot, number & (DRIFT - 1), (number >> DRIFT_BITS) & 1)
+    else:
+        return at_tile(call, number)
+
+
+@gluon.jit
+def tile_place(call, tile):
+    """Where the barriers or the votes of a tile lie among those of all tiles within DRIFT."""
+    CARRIES: gl.constexpr = _carries(call.ALTERNATE, call.HEAD)
+    return tile.place if CARRIES else ring_slot(tile.number, DRIFT)
+
+
+@gluon.jit
+def tile_phase(call, tile):
+    """The phase in which they are then."""
+    CARRIES: gl.constexpr = _carries(call.ALTERNATE, call.HEAD)
+    return tile.phase if CARRIES else ring_phase(tile.number, DRIFT)
+
+
+@gluon.jit
+def _next_buffer(call, slot):
+    LAST: gl.constexpr = call.K_STAGES + call.V_STAGES - 1
+    return gl.where(slot == LAST, 0, slot + 1)
 
 
 @gluon.jit
 def value_slot(call, tile):
     """The buffer of V."""
     if call.ALTERNATE:
-        return ring_slot(2 * tile + 1, call.K_STAGES + call.V_STAGES)
+        return _next_buffer(call, tile.slot)
     else:
-        return ring_slot(tile, call.V_STAGES)
+        return ring_slot(tile.number, call.V_STAGES)
 
 
 @gluon.jit
 def _key_place(call, tile):
     if call.ALTERNATE:
-        return tile_slot(call, tile)
+        return tile.place
     else:
-        return ring_slot(tile, call.K_STAGES)
+        return tile.slot
 
 
 @gluon.jit
-def key_full(call, shared, tile):
-    return shared.k_full.index(_key_place(call, tile))
+def key_full(call, tile):
+    return cell(call, "k_full", _key_place(call, tile))
 
 
 @gluon.jit
-def key_free(call, shared, tile):
-    return shared.k_free.index(_key_place(call, tile))
+def key_free(call, tile):
+    return cell(call, "k_free", _key_place(call, tile))
 
 
 @gluon.jit
 def key_phase(call, tile):
     if call.ALTERNATE:
-        return tile_phase(call, tile)
+        return tile.phase
     else:
-        return ring_phase(tile, call.K_STAGES)
+        return ring_phase(tile.number, call.K_STAGES)
 
 
 @gluon.jit
-def value_full(call, shared, tile):
-    return shared.v_full.index(tile_slot(call, tile))
+def value_full(call, tile):
+    return cell(call, "v_full", tile_place(call, tile))
 
 
 @gluon.jit
-def value_free(call, shared, tile):
-    return shared.v_free.index(tile_slot(call, tile))
+def value_free(call, tile):
+    return cell(call, "v_free", tile_place(call, tile))
 
 
 @gluon.jit
@@ -83,9 +129,9 @@ def value_phase(call, tile):
 @gluon.jit
 def _await_values_gone(call, shared, tile):
     """Waits until nobody needs V of a tile any more, and nothing writes there."""
-    mbarrier.wait(value_free(call, shared, tile), value_phase(call, tile))
+    await_barrier(shared, value_free(call, tile), value_phase(call, tile))
     # whoever skipped it has not waited for its copy
-    mbarrier.wait(value_full(call, shared, tile), value_phase(call, tile))
+    await_barrier(shared, value_full(call, tile), value_phase(call, tile))
 
 
 @gluon.jit
@@ -96,11 +142,11 @@ def await_key_buffer(call, shared, tile):
     three before (of five buffers), and V of that one has been loaded.
     """
     if call.ALTERNATE:
-        before = tile - (call.K_STAGES + call.V_STAGES + 1) // 2
+        before = tile.number - (call.K_STAGES + call.V_STAGES + 1) // 2
         if before >= 0:
-            _await_values_gone(call, shared, before)
+            _await_values_gone(call, shared, at_tile(call, before))
     else:
-        mbarrier.wait(key_free(call, shared, tile), key_phase(call, tile) ^ 1)
+        await_barrier(shared, key_free(call, tile), key_phase(call, tile) ^ 1)
 
 
 @gluon.jit
@@ -112,16 +158,17 @@ def await_value_buffer(call, shared, tile):
     that of an earlier one. Where they alternate K waits for V as it is.
     """
     if call.ALTERNATE:
-        before = tile - (call.K_STAGES + call.V_STAGES) // 2
-        if before >= 0:
-            mbarrier.wait(key_free(call, shared, before), key_phase(call, before))
+        number = tile.number - (call.K_STAGES + call.V_STAGES) // 2
+        if number >= 0:
+            before = at_tile(call, number)
+            await_barrier(shared, key_free(call, before), key_phase(call, before))
     else:
-        before = tile - call.V_STAGES
+        before = tile.number - call.V_STAGES
         if before >= 0:
-            _await_values_gone(call, shared, before)
-        ahead = tile - _ahead(call.K_STAGES, call.V_STAGES)
+            _await_values_gone(call, shared, at_tile(call, before))
+        ahead = tile.number - _ahead(call.K_STAGES, call.V_STAGES)
         if ahead >= 0:
-            arrive_warp(key_free(call, shared, ahead))
+            arrive_warp(shared, key_free(call, at_tile(call, ahead)))
 
 
 @gluon.constexpr_function
@@ -132,11 +179,11 @@ def _ahead(key_stages, value_stages):
 
 @gluon.jit
 def voted_before(call, tile):
-    """The last tile on which all have voted by the time that `await_value_buffer` returns; negative if there is none.
+    """Number of the last tile on which all have voted once `await_value_buffer` returns; negative if there is none.
 
     Whoever is done with the scores of a tile has voted on the one before.
     """
     if call.ALTERNATE:
-        return tile - (call.K_STAGES + call.V_STAGES) // 2 - 1
+        return tile.number - (call.K_STAGES + call.V_STAGES) // 2 - 1
     else:
-        return tile - call.V_STAGES
+        return tile.number - call.V_STAGES

@@ -6,13 +6,22 @@ flight across a merge of control flow makes ptxas serialise all of them. Inside 
 tile's columns runs under the exponentials of the next quarter. `hopper_plain` has the schedules without such overlap.
 """
 
-from hopper_common import arrive_warp, await_phase
 from hopper_queries import item_begun, last_scores_done, receive_queries
-from hopper_rings import key_free, key_full, key_phase, key_slot, value_free, value_full, value_phase, value_slot
+from hopper_rings import (
+    at_tile,
+    key_free,
+    key_full,
+    key_phase,
+    next_tile,
+    value_free,
+    value_full,
+    value_phase,
+    value_slot,
+)
+from hopper_shared import arrive_warp, await_phase, read_item, receive_item, release_item
 from hopper_softmax import (
     clean_values,
     count_kept,
-    decide,
     finite,
     first_maximum,
     halves,
@@ -28,6 +37,7 @@ from hopper_softmax import (
     soften,
     store_output,
 )
+from hopper_votes import decide
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
@@ -36,7 +46,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 @gluon.jit
 def start_scores(call, shared, queries, tile):
     """Issues Q K^T of a tile."""
-    await_phase(key_full(call, shared, tile), key_phase(call, tile))
+    await_phase(shared, key_full(call, tile), key_phase(call, tile))
     return issue_scores(call, shared, queries, tile)
 
 
@@ -44,14 +54,14 @@ def start_scores(call, shared, queries, tile):
 def issue_scores(call, shared, queries, tile):
     """The same for K that has arrived."""
     zeros = gl.full([call.ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
-    k = shared.k.index(key_slot(call, tile))
+    k = shared.k.index(tile.slot)
     return warpgroup_mma(queries, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def finish_scores(call, shared, token, tile):
     scores = warpgroup_mma_wait(0, deps=(token,))
-    arrive_warp(key_free(call, shared, tile))
+    arrive_warp(shared, key_free(call, tile))
     return scores
 
 
@@ -59,7 +69,7 @@ def finish_scores(call, shared, token, tile):
 def use_tile(call, shared, scores, scale, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE: gl.constexpr):
     """Softmax and product with V, if the tile is kept."""
     if keep > 0:
-        await_phase(value_full(call, shared, tile), value_phase(call, tile))
+        await_phase(shared, value_full(call, tile), value_phase(call, tile))
         slot = value_slot(call, tile)
         rises = outgrows(maxima, reference)
         m, reference, sums, acc = add_tile(
@@ -117,39 +127,39 @@ def use_last_tile(call, shared, item, visible, scores, m, reference, sums, acc, 
     """
     scores = hide_columns(scores, (tiles - 1) * call.COLUMNS, visible, call.COLUMNS)
     maxima = partial_maxima(scores) * call.scale_log2
-    keep = decide(call, shared, maxima, m, item.log2_threshold, tile, GROUP)
+    keep = decide(call, shared, item, maxima, m, tile, GROUP)
     if tiles == item.tiles:
         cleaned = clean_values(call, shared, item, tile, cleaned, GROUP)
     m, reference, sums, acc, kept = use_tile(
         call, shared, scores, call.scale_log2, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
     )
-    arrive_warp(value_free(call, shared, tile))
+    arrive_warp(shared, value_free(call, tile))
     return reference, sums, acc, kept, cleaned
 
 
 @gluon.jit
 def end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE: gl.constexpr, GROUP: gl.constexpr):
-    item = shared.read_item(sequence)
+    item = read_item(call, shared, sequence)
     store_output(call, shared, item, sequence, acc, reference, sums, DTYPE, GROUP)
     count_kept(call, item, kept, GROUP)
-    shared.release_item(sequence)
+    release_item(call, shared, sequence)
 
 
 @gluon.jit
 def _step(call, shared, item, queries, scores, m, reference, sums, acc, kept, base, visible, j, MASKED: gl.constexpr,
           GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
     """Tile j, with the scores of tile j + 1 computed meanwhile."""
-    tile = base + j
-    token = start_scores(call, shared, queries, tile + 1)
+    tile = at_tile(call, base + j)
+    token = start_scores(call, shared, queries, next_tile(call, tile))
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
     maxima = partial_maxima(scores) * call.scale_log2
-    keep = decide(call, shared, maxima, m, item.log2_threshold, tile, GROUP)
+    keep = decide(call, shared, item, maxima, m, tile, GROUP)
     m, reference, sums, acc, kept = use_tile(
         call, shared, scores, call.scale_log2, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
     )
-    following = finish_scores(call, shared, token, tile + 1)
-    arrive_warp(value_free(call, shared, tile))
+    following = finish_scores(call, shared, token, next_tile(call, tile))
+    arrive_warp(shared, value_free(call, tile))
     return following, m, reference, sums, acc, kept
 
 
@@ -159,14 +169,15 @@ def consume_skip(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
     sequence = 0
     base = 0
     cleaned = 0
-    while shared.receive_item(sequence) != 0:
-        item = shared.read_item(sequence)
+    while receive_item(call, shared, sequence) != 0:
+        item = read_item(call, shared, sequence)
         visible, whole, m, sums, acc = begin_item(call, item, GROUP)
         reference = m
         kept = 0
         whole = gl.minimum(whole, item.tiles - 1)  # the last tile has its own step
         queries = receive_queries(call, shared, sequence, GROUP)
-        scores = finish_scores(call, shared, start_scores(call, shared, queries, base), base)
+        first = at_tile(call, base)
+        scores = finish_scores(call, shared, start_scores(call, shared, queries, first), first)
         item_begun(call, shared, sequence, GROUP)
         for pair in range(whole // 2):
             odd, m, reference, sums, acc, kept = _step(
@@ -184,7 +195,7 @@ def consume_skip(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
             )  # fmt: skip
 
         last_scores_done(call, shared, sequence, GROUP)
-        last = base + item.tiles - 1
+        last = at_tile(call, base + item.tiles - 1)
         reference, sums, acc, kept, cleaned = use_last_tile(
             call, shared, item, visible, scores, m, reference, sums, acc, kept, cleaned, last, item.tiles, GROUP, DTYPE
         )

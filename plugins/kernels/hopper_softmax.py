@@ -1,4 +1,4 @@
-"""Pieces of the online softmax in registers: layouts, tile decisions, one update, the epilogue.
+"""Pieces of the online softmax in registers: layouts, one update, masks, the epilogue.
 
 Scores are kept in log2 units (scores * scale * log2(e)). A thread holds parts of two rows; row sums stay per thread
 until the epilogue, so that no shuffle is paid per tile for them.
@@ -10,29 +10,24 @@ and what is multiplied with V carry the same factor, so nothing but rounding cha
 
 from hopper_common import (
     COUNTS_128_ROWS,
-    DRIFT,
     HAS_COUNTS,
     HAS_LSE,
     HAS_SINKS,
     NEVER_VOTES,
     TILE_COLUMNS,
     UNSEEN,
-    arrive_warp,
-    await_phase,
     ring_phase,
     ring_slot,
-    tile_phase,
-    tile_slot,
 )
 from hopper_queries import output_buffer, output_sent
 from hopper_rings import value_full, value_phase, value_slot
+from hopper_shared import arrive_warp, await_phase, cell
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 LAG = gl.constexpr(8.0)  # log2 units a reference may lag behind: probabilities stay below 2**8, fit for float16
 OUTGROWN = gl.constexpr(2.0**8)  # of a thread's sum over a row of a tile: below it no probability is larger
-VOTE_BARRIER = gl.constexpr(8)  # first named barrier of the votes, above those Triton uses
 
 
 @gluon.constexpr_function
@@ -46,7 +41,7 @@ def rows_layout(columns):
 
 
 @gluon.constexpr_function
-def _any_asm(rows, vote):
+def any_asm(rows, vote):
     """`vote` on whether any of the bools of a thread holds, which are one for every 32 rows."""
     join = "".join(f" or.b32 any, any, ${n + 2};" for n in range(rows // 32 - 1))
     return (
@@ -56,63 +51,8 @@ def _any_asm(rows, vote):
 
 
 @gluon.constexpr_function
-def _vote_asm(rows, barrier):
-    return _any_asm(rows, f"barrier.cta.red.or.pred wanted, {barrier}, 128, wanted;")
-
-
-@gluon.constexpr_function
 def _warp_vote_asm(rows):
-    return _any_asm(rows, "vote.sync.any.pred wanted, wanted, 0xffffffff;")
-
-
-@gluon.jit
-def any_row(wants, GROUP: gl.constexpr):
-    """1 if `wants` (a bool a thread and 32 rows) holds anywhere in this warpgroup, else 0: one barrier with a vote."""
-    ASM: gl.constexpr = _vote_asm(wants.shape[0], VOTE_BARRIER + GROUP)
-    return gl.inline_asm(ASM, ("=r", "r"), [wants.to(gl.int32)], gl.int32, is_pure=False)
-
-
-@gluon.jit
-def post_vote(call, shared, vote, tile, GROUP: gl.constexpr):
-    """Publishes this warpgroup's vote on a tile, for the other one and for the producer of V."""
-    place = GROUP * DRIFT + tile_slot(call, tile)
-    gl.inline_asm(
-        "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %tid.x; and.b32 lane, lane, 127;"
-        " setp.eq.u32 first, lane, 0; @first st.shared.b32 [$0], $1;"
-        " @first mbarrier.arrive.shared::cta.b64 _, [$2]; }",
-        ("r", "r", "r"), [shared.votes.index(place), vote, shared.voted.index(place)], (), is_pure=False,
-    )  # fmt: skip
-
-
-@gluon.jit
-def joint_vote(call, shared, own, tile, GROUP: gl.constexpr):
-    """Joins the posted votes of two warpgroups that share a row block, so that it is kept if either wants it.
-
-    Where the own vote says keep, nothing is waited for: the warpgroups fall into step only at tiles that are about to
-    be skipped, where there is no work to stagger.
-    """
-    keep = own
-    if own == 0:
-        other = (1 - GROUP) * DRIFT + tile_slot(call, tile)
-        await_phase(shared.voted.index(other), tile_phase(call, tile))
-        keep = gl.inline_asm("ld.shared.b32 $0, [$1];", ("=r", "r"), [shared.votes.index(other)], gl.int32,
-                             is_pure=False)  # fmt: skip
-    return keep
-
-
-@gluon.jit
-def decide(call, shared, maxima, m, log2_threshold, tile, GROUP: gl.constexpr):
-    """1 if the tile is kept. `tile` counts every tile of the CTA, so that a vote slot is not reused too early.
-
-    Some column of a row reaches the threshold if and only if some thread's share of the row does, so the vote needs
-    `partial_maxima` only: what threads exchange for the row's maximum is not waited for.
-    """
-    keep = any_row(maxima - for_shares(m, maxima) >= log2_threshold, GROUP)
-    if call.JOINT or call.ON_DEMAND:
-        post_vote(call, shared, keep, tile, GROUP)
-    if call.JOINT:
-        keep = joint_vote(call, shared, keep, tile, GROUP)
-    return keep
+    return any_asm(rows, "vote.sync.any.pred wanted, wanted, 0xffffffff;")
 
 
 @gluon.jit
@@ -244,7 +184,7 @@ def clean_values(call, shared, item, tile, cleaned, GROUP: gl.constexpr):
     end = item.kv_end - (item.first + item.tiles - 1) * call.COLUMNS
     if end < call.COLUMNS and item.kv_end < call.seq_k:
         if GROUP == 0:
-            await_phase(value_full(call, shared, tile), value_phase(call, tile))
+            await_phase(shared, value_full(call, tile), value_phase(call, tile))
             CHUNK: gl.constexpr = 16
             LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
             rows = gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT))
@@ -254,8 +194,8 @@ def clean_values(call, shared, item, tile, cleaned, GROUP: gl.constexpr):
                     value = part.load(LAYOUT)
                     part.store(gl.where((c * CHUNK + rows < end)[:, None], value, 0.0))
             fence_async_shared()
-            arrive_warp(shared.v_clean.index(ring_slot(cleaned, 2)))
-        await_phase(shared.v_clean.index(ring_slot(cleaned, 2)), ring_phase(cleaned, 2))
+            arrive_warp(shared, cell(call, "v_clean", ring_slot(cleaned, 2)))
+        await_phase(shared, cell(call, "v_clean", ring_slot(cleaned, 2)), ring_phase(cleaned, 2))
         cleaned += 1
     return cleaned
 

@@ -29,6 +29,13 @@ class Tile(torch.Tensor):
 
     type = SimpleNamespace(layout=None)  # type: ignore[assignment]
 
+    # a value in registers never changes: `x += y` makes another one, and what else holds x keeps it
+    def __iadd__(self, other: Any) -> Any:
+        return self + other
+
+    def __ior__(self, other: Any) -> Any:
+        return self | other
+
 
 def tile(value: Any) -> Tile:
     return torch.as_tensor(value).as_subclass(Tile)
@@ -78,12 +85,34 @@ class Shared:
         self.memory.copy_(value)
 
 
-class Barriers:
-    def __init__(self, count: int) -> None:
-        self.items = [Barrier() for _ in range(count)]
+class Cells:
+    """Eight bytes of shared memory each: an mbarrier or two words. Addresses of an array of them begin at REACH times
+    its number on this machine."""
+
+    REACH = 1 << 16
+
+    def __init__(self, batch: int) -> None:
+        self.barriers = [Barrier() for _ in range(batch)]
+        self.words = torch.full((2 * batch,), -99, dtype=torch.int32)
+        MACHINE[0].cells.append(self)
+        self.address = len(MACHINE[0].cells) * self.REACH
 
     def index(self, i: Any) -> Barrier:
-        return self.items[int(i)]
+        return self.barriers[int(i)]
+
+
+def _at(address: Any) -> tuple[Cells, int]:
+    """The array of cells at an address, and the bytes into it."""
+    array, offset = divmod(int(address), Cells.REACH)
+    cells = MACHINE[0].cells[array - 1]
+    assert array > 0 and offset < 8 * len(cells.barriers), "an address outside of shared memory"
+    return cells, offset
+
+
+def _barrier(address: Any) -> Barrier:
+    cells, offset = _at(address)
+    assert offset % 8 == 0
+    return cells.barriers[offset // 8]
 
 
 class Token:
@@ -178,23 +207,28 @@ def _store_wait(pending: int) -> None:
 
 
 def _inline_asm(asm: str, constraints: Any, args: list[Any], result_types: Any, is_pure: bool) -> Any:
-    """The pieces of PTX the kernels contain: votes, arrivals, and words of shared memory."""
+    """The pieces of PTX the kernels contain: addresses, votes, arrivals, and words of shared memory."""
+    if asm == "mov.b32 $0, $1;":
+        return tile(args[0].address)
+    if "shl.b32 bytes, $1, 3; add.s32 $0, bytes, $2;" in asm:
+        return tile(int(args[0]) * 8 + int(args[1]))
     assert not is_pure
     if "red.or.pred" in asm or "vote.sync.any" in asm:  # the one thread here stands for all 128, of all warps
         return tile(int(bool((args[0] != 0).any())))
     if "bar.warp.sync" in asm:
-        return args[0].arrive(MACHINE[0].local.warps)
+        return _barrier(args[0]).arrive(MACHINE[0].local.warps)
     if "mbarrier.test_wait" in asm:
-        return tile(int(args[0].done(int(args[1]))))
+        return tile(int(_barrier(args[0]).done(int(args[1]))))
     if "mbarrier.try_wait" in asm:
-        return None if len(args) > 2 and args[2] else _wait(*args[:2])
+        return None if len(args) > 2 and args[2] else _wait(_barrier(args[0]), args[1])
     if found := re.match(r"barrier\.cta\.(sync|arrive) (\d+), 256;", asm):
         return _named_barrier(*found.groups())
     kinds = result_types if isinstance(result_types, tuple) else (result_types,)  # () where there is no result
     results: list[Any] = [None] * len(kinds)
 
     def word(operand: str, offset: str) -> torch.Tensor:
-        return args[int(operand) - len(kinds)].memory.flatten()[int(offset or 0) // 4 :][:1]
+        cells, start = _at(args[int(operand) - len(kinds)] + int(offset or 0))
+        return cells.words[start // 4 :][:1]
 
     for step in asm.split(";"):
         if found := re.search(r"ld\.shared\.(\w+) \$(\d+), \[\$(\d+)\+?(\d*)\]", step):
@@ -204,7 +238,7 @@ def _inline_asm(asm: str, constraints: Any, args: list[Any], result_types: Any, 
             kind = torch.float32 if found[1] == "f32" else torch.int32
             word(found[2], found[3]).copy_(torch.tensor([args[int(found[4])]], dtype=kind).view(torch.int32))
         elif found := re.search(r"mbarrier\.arrive\.shared::cta\.b64 _, \[\$(\d+)\]", step):
-            args[int(found[1])].arrive(1)
+            _barrier(args[int(found[1])]).arrive(1)
     return tuple(results) if isinstance(result_types, tuple) else results[0]
 
 
@@ -255,10 +289,6 @@ def _where(condition: Any, a: Any, b: Any) -> Tile:
 
 def _allocate(dtype: torch.dtype, shape: list[int], layout: object) -> Shared:
     return Shared(torch.full(shape, float("nan") if dtype.is_floating_point else -99, dtype=dtype))
-
-
-def _allocate_mbarrier(batch: int) -> Barriers:
-    return Barriers(batch)
 
 
 def _warp_specialize(
@@ -315,7 +345,7 @@ def load_kernels(program: Callable[[], int], programs: Callable[[], int]) -> Ite
     hopper = types.ModuleType("triton.experimental.gluon.language.nvidia.hopper")
     hopper.__dict__.update(
         mbarrier=SimpleNamespace(
-            wait=_wait, allocate_mbarrier=_allocate_mbarrier, init=lambda barrier, count: barrier.init(count),
+            wait=_wait, allocate_mbarrier=Cells, init=lambda barrier, count: barrier.init(count),
             expect=lambda barrier, count: barrier.expect(count),
         ),
         tma=SimpleNamespace(

@@ -73,6 +73,7 @@ class Machine:
         self.copies: list[Callable[[], None]] = []
         self.local = threading.local()
         self.named: dict[tuple[int, str], NamedBarrier] = {}  # by program and number
+        self.cells: list[Any] = []  # arrays of small shared memory, whose addresses are numbers
         self._blocked: dict[int, Callable[[], bool] | None] = {}
         self._batons: dict[int, threading.Semaphore] = {}
         self._failure: BaseException | None = None
