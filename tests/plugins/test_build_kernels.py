@@ -122,6 +122,7 @@ def test_a_subset_compiles(tmp_path: Path) -> None:
         loops = tile_loops(tmp_path / f"sm90a_{name}.cubin")
         assert len(loops) == 2 * warpgroups
         assert all(body.count(" R2UR ") < 0.5 * body.count(" HGMMA.") for body in loops), name
+        assert all("0xfffff8" not in body and "0xfffffc" not in body for body in loops), name  # no address is masked
     for body in loops[::2]:  # of the wide kernel, without masks: the eight products with K are issued in one go
         code = [line for line in body.splitlines() if "/*" in line]
         places = [at for at, line in enumerate(code) if " HGMMA." in line][:8]
