@@ -85,8 +85,11 @@ class Shared:
         """The address. The assembly keeps the compiler from adding in another order: cells of one place in several
         kinds are to share all but the constant, which becomes part of the instruction."""
         first = gl.inline_asm(
-            "{ .reg .b32 bytes; shl.b32 bytes, $1, 3; add.s32 $0, bytes, $2; }", ("=r", "r", "r"),
-            [cell.place, self.base], gl.int32, is_pure=True,
+            "{ .reg .b32 bytes; shl.b32 bytes, $1, 3; add.s32 $0, bytes, $2; }",
+            ("=r", "r", "r"),
+            [cell.place, self.base],
+            gl.int32,
+            is_pure=True,
         )
         return first + cell.FIRST * 8
 
