@@ -86,7 +86,7 @@ def _wide_step(call, shared, item, queries, keys, tile, m, reference, sums, acc,
     for V of this tile and K of the next one under the product with K. Whether the reference is outgrown is found out
     while the vote is counted.
     """
-    tile = Tile(base + j, tile.slot, tile.place, tile.phase)
+    tile = Tile(base + j, tile.slot, tile.place, tile.phase)  # the loop's counter: no number to carry
     await_unless(shared, keys, key_full(call, tile), key_phase(call, tile))
     token = issue_scores(call, shared, queries, tile)
     if call.HEAD == 128:  # else ptxas puts what follows between the eight products; at 64, with four, 1 % slower

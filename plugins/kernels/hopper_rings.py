@@ -18,7 +18,10 @@ from triton.experimental.gluon import language as gl
 
 @gluon.constexpr_function
 def _carries(alternate, head):
-    """Whether loops carry from tile to tile where a tile's barriers are; else that is found from its number."""
+    """Whether loops carry from tile to tile where a tile's barriers are; else that is found from its number.
+
+    As it was faster, by 1 to 5 % (README.md).
+    """
     return alternate or head == 256
 
 

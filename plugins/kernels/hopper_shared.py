@@ -26,7 +26,7 @@ def _cells(groups, queries, key_stages, alternate, drift):
         "k_full": keys, "k_free": keys, "v_full": drift, "v_free": drift, "voted": votes, "votes": votes,
         "q_full": items * groups, "q_free": items * groups,
         "v_clean": 2,  # keys beyond kv_lengths have been zeroed in the last tile of V
-        "item_full": 2, "item_free": 2, "item": 16,
+        "item_full": 2, "item_free": 2, "item": 2 * 8,
     }  # fmt: skip
 
 
