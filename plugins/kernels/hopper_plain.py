@@ -102,8 +102,9 @@ def _wide_step(call, shared, item, queries, keys, tile, m, reference, sums, acc,
     rises = outgrows(maxima, reference)
     if keep > 0:
         await_unless(shared, values, value_full(call, tile), value_phase(call, tile))
+        slot = value_slot(call, tile)  # before the branch in `add_tile`: 5 % (README.md)
         m, reference, sums, acc = add_tile(
-            call, shared, scores, call.scale_log2, maxima, rises, m, reference, sums, acc, value_slot(call, tile), DTYPE
+            call, shared, scores, call.scale_log2, maxima, rises, m, reference, sums, acc, slot, DTYPE
         )
         kept += 1
     arrive_warp(shared, value_free(call, tile))

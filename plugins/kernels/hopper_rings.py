@@ -35,7 +35,10 @@ class Tile:
 
 @gluon.jit
 def at_tile(call, number):
-    """The tile with this number."""
+    """The tile with this number.
+
+    Where K and V alternate by masks, 1 % faster (README.md): what `ring_slot` warns of does not happen there.
+    """
     if call.ALTERNATE:
         slot = ring_slot(2 * number, call.K_STAGES + call.V_STAGES)
         return Tile(number, slot, number & (DRIFT - 1), (number >> DRIFT_BITS) & 1)

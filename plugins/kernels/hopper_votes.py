@@ -51,19 +51,13 @@ def joint_vote(call, shared, own, tile, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def want(call, item, maxima, m, GROUP: gl.constexpr):
-    """1 if some of the warpgroup's own rows want the tile.
+def decide(call, shared, item, maxima, m, tile, GROUP: gl.constexpr):
+    """1 if the tile is kept.
 
     Some column of a row reaches the threshold if and only if some thread's share of the row does, so the vote needs
     `partial_maxima` only: what threads exchange for the row's maximum is not waited for.
     """
-    return any_row(maxima - for_shares(m, maxima) >= item.log2_threshold, GROUP)
-
-
-@gluon.jit
-def decide(call, shared, item, maxima, m, tile, GROUP: gl.constexpr):
-    """1 if the tile is kept."""
-    keep = want(call, item, maxima, m, GROUP)
+    keep = any_row(maxima - for_shares(m, maxima) >= item.log2_threshold, GROUP)
     if call.JOINT or call.ON_DEMAND:
         post_vote(call, shared, keep, tile, GROUP)
     if call.JOINT:

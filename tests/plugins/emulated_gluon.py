@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -18,27 +17,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from emulated_machine import Barrier, EmulationError, Machine, NamedBarrier
+from emulated_assembly import MACHINE, Cells, Tile, inline_asm, inline_asm_elementwise, tile, wait
+from emulated_machine import Barrier, EmulationError
 
 KERNELS = Path(__file__).resolve().parents[2] / "plugins" / "kernels"
-MACHINE: list[Machine] = []
-
-
-class Tile(torch.Tensor):
-    """A tensor in registers, or a scalar; `type.layout` exists so that kernels can ask for it."""
-
-    type = SimpleNamespace(layout=None)  # type: ignore[assignment]
-
-    # a value in registers never changes: `x += y` makes another one, and what else holds x keeps it
-    def __iadd__(self, other: Any) -> Any:
-        return self + other
-
-    def __ior__(self, other: Any) -> Any:
-        return self | other
-
-
-def tile(value: Any) -> Tile:
-    return torch.as_tensor(value).as_subclass(Tile)
 
 
 class Pointer:
@@ -83,36 +65,6 @@ class Shared:
 
     def store(self, value: torch.Tensor) -> None:
         self.memory.copy_(value)
-
-
-class Cells:
-    """Eight bytes of shared memory each: an mbarrier or two words. Addresses of an array of them begin at REACH times
-    its number on this machine."""
-
-    REACH = 1 << 16
-
-    def __init__(self, batch: int) -> None:
-        self.barriers = [Barrier() for _ in range(batch)]
-        self.words = torch.full((2 * batch,), -99, dtype=torch.int32)
-        MACHINE[0].cells.append(self)
-        self.address = len(MACHINE[0].cells) * self.REACH
-
-    def index(self, i: Any) -> Barrier:
-        return self.barriers[int(i)]
-
-
-def _at(address: Any) -> tuple[Cells, int]:
-    """The array of cells at an address, and the bytes into it."""
-    array, offset = divmod(int(address), Cells.REACH)
-    cells = MACHINE[0].cells[array - 1]
-    assert array > 0 and offset < 8 * len(cells.barriers), "an address outside of shared memory"
-    return cells, offset
-
-
-def _barrier(address: Any) -> Barrier:
-    cells, offset = _at(address)
-    assert offset % 8 == 0
-    return cells.barriers[offset // 8]
 
 
 class Token:
@@ -161,18 +113,6 @@ def _warpgroup_mma_wait(outstanding: int, deps: tuple[Any, ...]) -> Any:
     return results[0] if len(results) == 1 else tuple(results)
 
 
-def _wait(barrier: Barrier, parity: Any) -> None:
-    parity = int(parity)
-    MACHINE[0].wait_until(lambda: barrier.done(parity))
-
-
-def _named_barrier(what: str, number: str) -> None:
-    barrier = MACHINE[0].named.setdefault((MACHINE[0].local.program, number), NamedBarrier())
-    generation = barrier.arrive()
-    if what == "sync":
-        MACHINE[0].wait_until(lambda: barrier.generation > generation)
-
-
 def _async_load(desc: Descriptor, coordinates: list[Any], barrier: Barrier, target: Shared) -> None:
     if desc.box[0] != target.memory.shape[0]:
         raise EmulationError(f"the tensor map's box has {desc.box[0]} rows, the tile {target.memory.shape[0]}")
@@ -204,47 +144,6 @@ def _store_wait(pending: int) -> None:
     assert pending == 0
     while _copies_out():
         _copies_out().pop(0)()
-
-
-def _inline_asm(asm: str, constraints: Any, args: list[Any], result_types: Any, is_pure: bool) -> Any:
-    """The pieces of PTX the kernels contain: addresses, votes, arrivals, and words of shared memory."""
-    if asm == "mov.b32 $0, $1;":
-        return tile(args[0].address)
-    if "shl.b32 bytes, $1, 3; add.s32 $0, bytes, $2;" in asm:
-        return tile(int(args[0]) * 8 + int(args[1]))
-    assert not is_pure
-    if "red.or.pred" in asm or "vote.sync.any" in asm:  # the one thread here stands for all 128, of all warps
-        return tile(int(bool((args[0] != 0).any())))
-    if "bar.warp.sync" in asm:
-        return _barrier(args[0]).arrive(MACHINE[0].local.warps)
-    if "mbarrier.test_wait" in asm:
-        return tile(int(_barrier(args[0]).done(int(args[1]))))
-    if "mbarrier.try_wait" in asm:
-        return None if len(args) > 2 and args[2] else _wait(_barrier(args[0]), args[1])
-    if found := re.match(r"barrier\.cta\.(sync|arrive) (\d+), 256;", asm):
-        return _named_barrier(*found.groups())
-    kinds = result_types if isinstance(result_types, tuple) else (result_types,)  # () where there is no result
-    results: list[Any] = [None] * len(kinds)
-
-    def word(operand: str, offset: str) -> torch.Tensor:
-        cells, start = _at(args[int(operand) - len(kinds)] + int(offset or 0))
-        return cells.words[start // 4 :][:1]
-
-    for step in asm.split(";"):
-        if found := re.search(r"ld\.shared\.(\w+) \$(\d+), \[\$(\d+)\+?(\d*)\]", step):
-            value = word(found[3], found[4])
-            results[int(found[2])] = tile(value.view(torch.float32)[0] if found[1] == "f32" else value[0]).clone()
-        elif found := re.search(r"st\.shared\.(\w+) \[\$(\d+)\+?(\d*)\], \$(\d+)", step):
-            kind = torch.float32 if found[1] == "f32" else torch.int32
-            word(found[2], found[3]).copy_(torch.tensor([args[int(found[4])]], dtype=kind).view(torch.int32))
-        elif found := re.search(r"mbarrier\.arrive\.shared::cta\.b64 _, \[\$(\d+)\]", step):
-            _barrier(args[int(found[1])]).arrive(1)
-    return tuple(results) if isinstance(result_types, tuple) else results[0]
-
-
-def _inline_asm_elementwise(asm: str, constraints: str, args: list[Any], dtype: Any, is_pure: bool, pack: int) -> Any:
-    assert is_pure and re.match(r"cvt\.rn\.(f16|bf16)x2\.f32 \$0, \$2, \$1;$", asm) and pack == 2
-    return args[0].to(dtype)
 
 
 def _load(pointer: Pointer, mask: Any = None, other: Any = 0) -> Tile:
@@ -329,8 +228,8 @@ def _language(program: Callable[[], int], programs: Callable[[], int]) -> types.
         arange=lambda start, end, layout=None: tile(torch.arange(start, end, dtype=torch.int32)),
         full=lambda shape, value, dtype, layout: tile(torch.full(shape, value, dtype=dtype)),
         permute=lambda x, order: x.permute(order), split=lambda x: x.unbind(-1),
-        convert_layout=lambda x, layout, assert_trivial=False: x, inline_asm=_inline_asm,
-        inline_asm_elementwise=_inline_asm_elementwise,
+        convert_layout=lambda x, layout, assert_trivial=False: x, inline_asm=inline_asm,
+        inline_asm_elementwise=inline_asm_elementwise,
         allocate_shared_memory=_allocate, warp_specialize=_warp_specialize,
     )  # fmt: skip
     return gl
@@ -345,7 +244,7 @@ def load_kernels(program: Callable[[], int], programs: Callable[[], int]) -> Ite
     hopper = types.ModuleType("triton.experimental.gluon.language.nvidia.hopper")
     hopper.__dict__.update(
         mbarrier=SimpleNamespace(
-            wait=_wait, allocate_mbarrier=Cells, init=lambda barrier, count: barrier.init(count),
+            wait=wait, allocate_mbarrier=Cells, init=lambda barrier, count: barrier.init(count),
             expect=lambda barrier, count: barrier.expect(count),
         ),
         tma=SimpleNamespace(

@@ -14,7 +14,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from emulated_gluon import MACHINE, Descriptor, Pointer, load_kernels
+from emulated_assembly import MACHINE
+from emulated_gluon import Descriptor, Pointer, load_kernels
 from emulated_machine import Machine
 from interpreted_triton import run_kernel
 from torch import Tensor

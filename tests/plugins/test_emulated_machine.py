@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulated_gluon import MACHINE, Descriptor, Shared, _async_load, _warpgroup_mma, _warpgroup_mma_wait
+from emulated_assembly import MACHINE
+from emulated_gluon import Descriptor, Shared, _async_load, _warpgroup_mma, _warpgroup_mma_wait
 from emulated_machine import Barrier, EmulationError, Machine
 
 
