@@ -44,9 +44,9 @@ POINTERS = (
     "kv_lengths:*i32 q_start:*i32 q_lengths:*i32 threshold_scale:*fp32 sinks:*T counts:*i32 lse:*fp32 counter:*i32"
 )
 SCALARS = (
-    "given:i32 heads_q:i32 group:i32 seq_q:i32 seq_k:i32 row_blocks:i32 heads:i32 section:i32 scale_log2:fp32 "
-    "threshold:fp32 threshold_factor:fp32 window:i32 softcap_log2:fp32 softcap_rate:fp32 bias:*T bias_bool:*u8 "
-    "bias_batch:i64 bias_head:i64 bias_row:i64 bias_column:i64"
+    "given:i32 heads_q:i32 group:i32 seq_q:i32 seq_k:i32 row_blocks:i32 first_row:i32 heads:i32 section:i32 "
+    "scale_log2:fp32 threshold:fp32 threshold_factor:fp32 window:i32 softcap_log2:fp32 softcap_rate:fp32 bias:*T "
+    "bias_bool:*u8 bias_batch:i64 bias_head:i64 bias_row:i64 bias_column:i64"
 )
 
 

@@ -35,6 +35,15 @@ std::int64_t causalHeads(Kernel const& kernel, int keys)
     return keys > 2048 ? 1 : fitting;
 }
 
+// First row of the first causal row block, at most 0. Blocks end where the sequence ends, to the rows of a decision: what
+// they have too many rows is missing where little is seen, not in the block that sees everything.
+std::int32_t causalFirstRow(Kernel const& kernel, int rows, int blocks)
+{
+    std::int64_t const decision = kernel.joint ? 128 : 64;
+    return static_cast<std::int32_t>(
+        (rows + decision - 1) / decision * decision - static_cast<std::int64_t>(blocks) * kernel.rows);
+}
+
 bool encode(Driver const& driver, TensorMap& map, void const* address, int dtype, std::int64_t const stride[3],
     int batch, int heads, int sequence, int columns, int boxRows, int boxColumns, CudaResult& code)
 {
@@ -90,6 +99,7 @@ bsa_status launchKernel(Driver const& driver, Device& device, Kernel const& kern
     std::int32_t group = p.heads_q / p.heads_k;
     std::int32_t rowBlocks = (p.seq_q + kernel.rows - 1) / kernel.rows;
     std::int32_t heads = p.batch * p.heads_q;
+    std::int32_t firstRow = kernel.causal ? causalFirstRow(kernel, p.seq_q, rowBlocks) : 0;
     std::int32_t section
         = static_cast<std::int32_t>(std::clamp<std::int64_t>(causalHeads(kernel, p.seq_k), 1, heads));
 
@@ -112,7 +122,7 @@ bsa_status launchKernel(Driver const& driver, Device& device, Kernel const& kern
         arguments.addMap(map);
     }
     arguments.add(p.kv_lengths, p.q_start, p.q_lengths, p.threshold_scale, p.sinks, p.counts, p.lse, counter, given,
-        p.heads_q, group, p.seq_q, p.seq_k, rowBlocks, heads, section);
+        p.heads_q, group, p.seq_q, p.seq_k, rowBlocks, firstRow, heads, section);
     arguments.addScaling();
     arguments.add(p.bias, p.bias); // as elements, and as bytes
     arguments.addBiasStrides();

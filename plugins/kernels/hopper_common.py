@@ -98,6 +98,7 @@ class Call:
     seq_q: gl.tensor
     seq_k: gl.tensor
     row_blocks: gl.tensor
+    first_row: gl.tensor  # of the first row block, at most 0: causal blocks end where the sequence ends
     heads: gl.tensor  # batch * heads_q
     section: gl.tensor  # heads worked on at the same time, so that their K and V stay in L2
     scale_log2: gl.tensor  # scale * log2(e)
@@ -143,6 +144,11 @@ class Item:
     first: gl.tensor  # first tile that some row sees
     tiles: gl.tensor  # loaded tiles, at least one: an item that sees nothing computes one masked tile and stores zeros
     log2_threshold: gl.tensor
+
+    @gluon.jit
+    def has(self, row):
+        """Whether that row exists. There are rows below 0 in the first block of a head (`Call.first_row`)."""
+        return (row >= 0) & (row < self.q_end)
 
     @gluon.jit
     def visible_columns(self, call, row):

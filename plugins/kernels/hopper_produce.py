@@ -54,7 +54,10 @@ def log2_threshold(call, batch, kv_end):
 
 @gluon.jit
 def unpack_item(call, index):
-    """Order of the work: full attention head by head; causal longest block first within a section of heads."""
+    """Order of the work: full attention head by head; causal longest block first within a section of heads.
+
+    Causal blocks are counted from the end: what they have too many rows is missing in the first, which sees the least.
+    """
     if call.CAUSAL:
         first = index // (call.section * call.row_blocks) * call.section
         width = gl.minimum(call.section, call.heads - first)
@@ -67,6 +70,8 @@ def unpack_item(call, index):
     batch = head // call.heads_q
     ROWS: gl.constexpr = call.GROUPS * call.ROWS
     row0 = block * ROWS
+    if call.CAUSAL:
+        row0 += call.first_row
     kv_end = call.seq_k
     q_end = call.seq_q
     q_start = call.seq_k - call.seq_q

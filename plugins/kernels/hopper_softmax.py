@@ -171,7 +171,7 @@ def first_maximum(call, item, rows):
     lie below it, so where there can be one it is -inf.
     """
     FIRST: gl.constexpr = float("-inf") if call.GENERAL else UNSEEN
-    return gl.where(rows < item.q_end, FIRST, NEVER_VOTES)
+    return gl.where(item.has(rows), FIRST, NEVER_VOTES)
 
 
 @gluon.jit
@@ -209,13 +209,13 @@ def store_output(call, shared, item, sequence, acc, reference, sums, DTYPE: gl.c
     if call.has(HAS_LSE):
         value = gl.where(total > 0, (reference + gl.log2(total)) * 0.6931471805599453, float("-inf"))
         place = (item.batch * call.heads_q + item.head).to(gl.int64) * call.seq_q
-        value = gl.where(rows < item.q_end, value, float("-inf"))
-        gl.store(call.lse + place + rows, value, mask=rows < call.seq_q)
+        value = gl.where(item.has(rows), value, float("-inf"))
+        gl.store(call.lse + place + rows, value, mask=(rows >= 0) & (rows < call.seq_q))
     weight = total
     if call.has(HAS_SINKS):
         sink = gl.load(call.sinks + item.head).to(gl.float32) * 1.4426950408889634
         weight = total + gl.exp2(sink - reference)
-    weight = gl.where((total > 0) & (rows < item.q_end), 1.0 / weight, 0.0)
+    weight = gl.where((total > 0) & item.has(rows), 1.0 / weight, 0.0)
     empty = any_row_of_warp(weight == 0.0)
     weight = gl.convert_layout(weight, ROWS)[:, None]
     acc = acc * weight
@@ -225,7 +225,10 @@ def store_output(call, shared, item, sequence, acc, reference, sums, DTYPE: gl.c
     stage = output_buffer(call, shared, sequence, GROUP)
     stage.store(out)
     fence_async_shared()
-    tma.async_store(call.o, [item.batch, item.head, item.row0 + GROUP * call.ROWS, 0], stage)
+    first = item.row0 + GROUP * call.ROWS
+    if call.CAUSAL:  # rows below 0 are all of a warpgroup's; the copy engine traps on them, but not on those beyond the end
+        first = gl.where(first < 0, call.seq_q, first)
+    tma.async_store(call.o, [item.batch, item.head, first, 0], stage)
     output_sent(call, shared, sequence, GROUP)
 
 
@@ -236,7 +239,7 @@ def tiles_seen(call, item, first, rows):
     For kernels in which what a row sees is a number of columns, and never fewer than the row before.
     """
     last = gl.minimum(first + rows, item.q_end) - 1
-    return gl.where(last >= first, gl.cdiv(item.visible_columns(call, last), TILE_COLUMNS), 0)
+    return gl.where((first >= 0) & (last >= first), gl.cdiv(item.visible_columns(call, last), TILE_COLUMNS), 0)
 
 
 @gluon.jit

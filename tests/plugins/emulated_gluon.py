@@ -40,9 +40,10 @@ class Descriptor:
     def parts(self, coordinates: list[Any], rows: int, columns: int) -> tuple[torch.Tensor, slice, slice]:
         b, h, row, column = (int(c) for c in coordinates)
         assert column == 0
-        inside = slice(0, max(0, min(rows, self.memory.shape[2] - row)))
+        begin = min(max(-row, 0), rows)
+        inside = slice(begin, max(begin, min(rows, self.memory.shape[2] - row)))
         width = slice(0, min(columns, self.memory.shape[3]))
-        return self.memory[b, h, row : row + inside.stop, width], inside, width
+        return self.memory[b, h, row + inside.start : row + inside.stop, width], inside, width
 
 
 class Shared:
