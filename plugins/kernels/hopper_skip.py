@@ -20,6 +20,7 @@ from hopper_rings import (
 )
 from hopper_shared import arrive_warp, await_phase, read_item, receive_item, release_item
 from hopper_softmax import (
+    any_row_of_warp,
     clean_values,
     count_kept,
     finite,
@@ -123,9 +124,14 @@ def use_last_tile(call, shared, item, visible, scores, m, reference, sums, acc, 
                   GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
     """The last of the `tiles` that this warpgroup computes: something of it may be hidden.
 
+    Full attention asks whether anything is, because mostly nothing is: a mask has a quarter of a tile's instructions.
+
     If it is the item's last, V beyond `kv_lengths` is zeroed.
     """
-    scores = hide_columns(scores, (tiles - 1) * call.COLUMNS, visible, call.COLUMNS)
+    ASKS: gl.constexpr = not call.CAUSAL and call.ROWS == 64
+    hidden = any_row_of_warp(visible < tiles * call.COLUMNS) if ASKS else 1
+    if hidden > 0:
+        scores = hide_columns(scores, (tiles - 1) * call.COLUMNS, visible, call.COLUMNS)
     maxima = partial_maxima(scores) * call.scale_log2
     keep = decide(call, shared, item, maxima, m, tile, GROUP)
     if tiles == item.tiles:
