@@ -19,7 +19,8 @@ namespace {
 std::int64_t causalHeads(Kernel const& kernel, int keys)
 {
     constexpr std::int64_t kL2_BYTES = 24'000'000;
-    std::int64_t const fitting = kL2_BYTES / std::max<std::int64_t>(4LL * keys * kernel.head, 1);
+    std::int64_t const bytes = std::max<std::int64_t>(4LL * keys * kernel.head, 1); // of K and V of a head
+    std::int64_t const fitting = kL2_BYTES / bytes;
     if (kernel.role == 'd' && kernel.head == 64)
     {
         return std::max<std::int64_t>(fitting, 44);
@@ -30,9 +31,19 @@ std::int64_t causalHeads(Kernel const& kernel, int keys)
     }
     if (kernel.rows > 128)
     {
-        return 4;
+        return bytes <= 800'000 ? fitting : 4;
     }
     return keys > 2048 ? 1 : fitting;
+}
+
+// First head of the last section, which takes over from those before it until there are enough work items, longest first,
+// for an even end: three for each multiprocessor, or two where sections have as many anyway.
+std::int32_t firstOfLastSection(
+    std::int64_t section, std::int64_t heads, std::int64_t blocks, std::int64_t multiprocessors)
+{
+    std::int64_t const items = (section * blocks < 2 * multiprocessors ? 3 : 2) * multiprocessors;
+    std::int64_t const least = (items + blocks - 1) / blocks;
+    return static_cast<std::int32_t>(std::max<std::int64_t>(heads - least, 0) / section * section);
 }
 
 // First row of the first causal row block, at most 0. Blocks end where the sequence ends, to the rows of a decision: what
@@ -102,6 +113,7 @@ bsa_status launchKernel(Driver const& driver, Device& device, Kernel const& kern
     std::int32_t firstRow = kernel.causal ? causalFirstRow(kernel, p.seq_q, rowBlocks) : 0;
     std::int32_t section
         = static_cast<std::int32_t>(std::clamp<std::int64_t>(causalHeads(kernel, p.seq_k), 1, heads));
+    std::int32_t lastSection = firstOfLastSection(section, heads, rowBlocks, device.multiprocessors());
 
     std::int32_t& given = arguments.given;
     given |= share == Share::kALL ? 0 : share == Share::kDENSE ? kRUN_WHERE_DENSE : kRUN_WHERE_SPARSE;
@@ -122,7 +134,7 @@ bsa_status launchKernel(Driver const& driver, Device& device, Kernel const& kern
         arguments.addMap(map);
     }
     arguments.add(p.kv_lengths, p.q_start, p.q_lengths, p.threshold_scale, p.sinks, p.counts, p.lse, counter, given,
-        p.heads_q, group, p.seq_q, p.seq_k, rowBlocks, firstRow, heads, section);
+        p.heads_q, group, p.seq_q, p.seq_k, rowBlocks, firstRow, heads, section, lastSection);
     arguments.addScaling();
     arguments.add(p.bias, p.bias); // as elements, and as bytes
     arguments.addBiasStrides();

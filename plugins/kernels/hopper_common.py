@@ -101,6 +101,7 @@ class Call:
     first_row: gl.tensor  # of the first row block, at most 0: causal blocks end where the sequence ends
     heads: gl.tensor  # batch * heads_q
     section: gl.tensor  # heads worked on at the same time, so that their K and V stay in L2
+    last_section: gl.tensor  # first head of the last section, which has more of them, for an even end
     scale_log2: gl.tensor  # scale * log2(e)
     threshold: gl.tensor
     threshold_factor: gl.tensor

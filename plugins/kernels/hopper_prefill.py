@@ -54,8 +54,8 @@ def _tiles(DTYPE: gl.constexpr, HEAD: gl.constexpr, COLUMNS: gl.constexpr, K_STA
 @gluon.jit
 def prefill(
     q, k, v, o, kv_lengths, q_start, q_lengths, threshold_scale, sinks, counts, lse, counter, given, heads_q, group,
-    seq_q, seq_k, row_blocks, first_row, heads, section, scale_log2, threshold, threshold_factor, window, softcap_log2,
-    softcap_rate, bias, bias_bool, bias_batch, bias_head, bias_row, bias_column,
+    seq_q, seq_k, row_blocks, first_row, heads, section, last_section, scale_log2, threshold, threshold_factor, window,
+    softcap_log2, softcap_rate, bias, bias_bool, bias_batch, bias_head, bias_row, bias_column,
     DTYPE: gl.constexpr, HEAD: gl.constexpr, GROUPS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
     QUERIES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, ALTERNATE: gl.constexpr,
     SCHEDULE: gl.constexpr, CAUSAL: gl.constexpr, JOINT: gl.constexpr, SPECULATIVE: gl.constexpr,
@@ -63,8 +63,8 @@ def prefill(
 ):  # fmt: skip
     call = Call(
         q, k, v, o, kv_lengths, q_start, q_lengths, threshold_scale, sinks, counts, lse, counter, given, heads_q, group,
-        seq_q, seq_k, row_blocks, first_row, heads, section, scale_log2, threshold, threshold_factor, window,
-        softcap_log2, softcap_rate, bias, bias_bool, bias_batch, bias_head, bias_row, bias_column,
+        seq_q, seq_k, row_blocks, first_row, heads, section, last_section, scale_log2, threshold, threshold_factor,
+        window, softcap_log2, softcap_rate, bias, bias_bool, bias_batch, bias_head, bias_row, bias_column,
         gl.constexpr(GROUPS), gl.constexpr(ROWS), gl.constexpr(COLUMNS), gl.constexpr(HEAD), gl.constexpr(QUERIES),
         gl.constexpr(K_STAGES), gl.constexpr(V_STAGES), gl.constexpr(ALTERNATE), gl.constexpr(CAUSAL),
         gl.constexpr(SCHEDULE == "general"), gl.constexpr(JOINT), gl.constexpr(ON_DEMAND),

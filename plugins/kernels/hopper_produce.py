@@ -59,8 +59,8 @@ def unpack_item(call, index):
     Causal blocks are counted from the end: what they have too many rows is missing in the first, which sees the least.
     """
     if call.CAUSAL:
-        first = index // (call.section * call.row_blocks) * call.section
-        width = gl.minimum(call.section, call.heads - first)
+        first = gl.minimum(index // (call.section * call.row_blocks) * call.section, call.last_section)
+        width = gl.where(first == call.last_section, call.heads - first, call.section)
         place = index - first * call.row_blocks
         head = first + place % width
         block = call.row_blocks - 1 - place // width

@@ -19,8 +19,13 @@ void emulated_capability(int times_ten) { capability = times_ten; }
 void emulated_multiprocessors(int count) { multiprocessors = count; }
 
 int cuInit(unsigned flags) { return (int)flags; }
-/* a device of another capability is another device */
-int cuCtxGetCurrent(void** context) { static int contexts[256]; *context = contexts + capability; return 0; }
+/* a device of another capability or size is another device */
+int cuCtxGetCurrent(void** context)
+{
+    static char contexts[256][256];
+    *context = &contexts[capability][multiprocessors];
+    return 0;
+}
 int cuCtxGetDevice(int* device) { *device = 0; return 0; }
 int cuDeviceGetAttribute(int* value, int attribute, int device)
 {

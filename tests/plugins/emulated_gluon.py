@@ -129,6 +129,8 @@ def _async_load(desc: Descriptor, coordinates: list[Any], barrier: Barrier, targ
 
 
 def _async_store(desc: Descriptor, coordinates: list[Any], source: Shared) -> None:
+    if coordinates[2] < 0:
+        raise EmulationError("the copy engine traps on a store that begins below row 0")
     done = []
 
     def land() -> None:

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 TYPES = {6: torch.float16, 9: torch.bfloat16}
 SCALARS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 POINTEES = {"i32": torch.int32, "fp32": torch.float32, "u8": torch.uint8}
+MAPS = 4 * 9  # arguments of the tensor maps in front of the others: the map, four sizes, four strides
 REACH = 1 << 22
 """Bytes of host memory an emulated pointer may reach; the tests' tensors are smaller and padded to it."""
 
@@ -104,7 +105,10 @@ def compile_driver(folder: Path) -> Path:
 
 
 class Emulation:
-    """Launches through the C library and runs the kernels; `launched` lists (kernel, CTAs) of the last call."""
+    """Launches through the C library and runs the kernels.
+
+    `launched` lists (kernel, CTAs) of the last call, `scalars` the numbers that its last Hopper kernel was given.
+    """
 
     def __init__(self, folder: Path, without: str | None = None) -> None:
         driver = compile_driver(folder)
@@ -116,6 +120,7 @@ class Emulation:
         self.seed = 0
         self.executes = True
         self.launched: list[tuple[str, int]] = []
+        self.scalars: dict[str, torch.Tensor] = {}
         self._error: BaseException | None = None
         kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_uint,
                                 ctypes.c_uint, ctypes.POINTER(ctypes.c_void_p))  # fmt: skip
@@ -158,6 +163,12 @@ class Emulation:
             spec = self.specs[name.decode()]
             assert block == (32 * spec.warps if is_plain(spec) else 128 * (spec.groups + 1)) and shared == 1000
             self.launched.append((spec.name, grid[0] * grid[1] * grid[2]))
+            if not is_plain(spec):
+                self.scalars = {
+                    name: _argument(address, kind, torch.float16)
+                    for (name, kind), address in zip(self.arguments, arguments[MAPS : MAPS + len(self.arguments)], strict=True)
+                    if not kind.startswith("*")
+                }
             if not self.executes:
                 return 0
             if is_plain(spec):
@@ -180,13 +191,10 @@ class Emulation:
 
     def _execute(self, spec: Any, grid: int, arguments: Any) -> None:
         values: list[Any] = []
-        place = 0
-        for _ in range(4):
+        for place in range(0, MAPS, MAPS // 4):
             values.append(_descriptor(_Map.from_address(arguments[place])))
-            place += 9  # the map, four sizes, four strides
-        for _, kind in self.arguments:
+        for place, (_, kind) in enumerate(self.arguments, MAPS):
             values.append(_argument(arguments[place], kind, values[0].memory.dtype))
-            place += 1
         machine = Machine(self.seed)
         MACHINE[:] = [machine]
         with load_kernels(lambda: machine.local.program, lambda: grid) as prefill:
@@ -200,6 +208,19 @@ class Emulation:
                 )  # fmt: skip
                 roles += [_on_program(machine, program, *role) for role in machine.local.roles]
             machine.run(roles)
+
+
+def work_items(spec: Any, scalars: dict[str, torch.Tensor]) -> list[tuple[int, int, int]]:
+    """`(head, first row, tiles)` of a Hopper kernel's work items in the order in which they are given out."""
+    call = SimpleNamespace(
+        **scalars, CAUSAL=spec.causal, GENERAL=False, GROUPS=spec.groups, ROWS=spec.group_rows, COLUMNS=spec.columns,
+        has=lambda bit: False,
+    )  # fmt: skip
+    with load_kernels(lambda: 0, lambda: 1):
+        index = torch.arange(int(scalars["heads"] * scalars["row_blocks"]))
+        item = sys.modules["hopper_produce"].unpack_item(call, index)
+    parts = item.batch * scalars["heads_q"] + item.head, item.row0, item.tiles
+    return [(int(head), int(row), int(tiles)) for head, row, tiles in zip(*parts, strict=True)]
 
 
 def _on_program(machine: Machine, program: int, warps: int, role: Any) -> Any:

@@ -7,13 +7,14 @@ What is not: layouts, registers, the compiler, time.
 
 from __future__ import annotations
 
+import heapq
 import math
 import random
 from typing import Any
 
 import pytest
 import torch
-from emulation import Emulation
+from emulation import Emulation, work_items
 from planted import THRESHOLD, WIDE_CALLS, WIDE_KERNELS, planted, rising
 
 from sparse_attention import native
@@ -103,6 +104,37 @@ def test_the_rows_of_a_work_item_follow_the_size_of_the_call(
     q = memory.as_strided((1, heads, rows, size), (8, 8, 8, 1))  # nothing is executed
     call = native.pack(q, q, q, q, is_causal=causal, threshold=THRESHOLD, br=br)
     assert emulation.kernels_of(call)[0].split("_")[3] == expected
+
+
+@pytest.mark.parametrize(("size", "expected"), [(64, "wide"), (128, "skip")])
+def test_causal_calls_may_have_more_empty_rows_at_heads_of_64(emulation: Emulation, size: int, expected: str) -> None:
+    """An eighth: the six blocks of 192 of 1024 rows. In full attention a twentieth, for either size."""
+    memory = torch.empty(8 * 5024 + size, dtype=torch.float16)
+    q = memory.as_strided((1, 4000, 1024, size), (8, 8, 8, 1))  # nothing is executed
+    for causal, role in ((True, expected), (False, "skip")):
+        call = native.pack(q, q, q, q, is_causal=causal, threshold=THRESHOLD, br=64)
+        assert emulation.kernels_of(call)[0].split("_")[3] == role
+
+
+@pytest.mark.parametrize("lam", [0.0, THRESHOLD])
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize(("heads", "rows"), [(512, 1024), (320, 1536), (256, 2048), (200, 3000), (128, 4096), (32, 16384)])
+def test_causal_work_ends_evenly(emulation: Emulation, heads: int, rows: int, size: int, lam: float) -> None:
+    """Taken in order by the multiprocessors of an H100, each item as long as it has tiles."""
+    memory = torch.empty(8 * (heads + rows) + size, dtype=torch.float16)
+    q = memory.as_strided((1, heads, rows, size), (8, 8, 8, 1))  # nothing is executed
+    emulation.driver.emulated_multiprocessors(132)
+    kernel = emulation.kernels_of(native.pack(q, q, q, q, is_causal=True, threshold=lam, br=64))[0]
+    emulation.driver.emulated_multiprocessors(3)
+    spec = emulation.specs[kernel]
+    items = work_items(spec, emulation.scalars)
+    blocks = {(head, row0) for head, row0, _ in items}
+    assert len(blocks) == len(items) == heads * -(-rows // spec.rows)
+    assert {row0 + spec.rows for _, row0, _ in items if row0 + spec.rows >= rows} == {-(-rows // 64) * 64}
+    busy = [0.0] * 132
+    for _, _, tiles in items:
+        heapq.heapreplace(busy, busy[0] + tiles)
+    assert max(busy) <= 1.03 * sum(busy) / len(busy)
 
 
 @pytest.mark.parametrize(("size", "br"), WIDE_KERNELS)
