@@ -38,7 +38,15 @@ from hopper_skip import (
     use_last_tile,
     use_tile,
 )
-from hopper_softmax import clean_values, hide_columns, outgrows, partial_maxima, tiles_seen
+from hopper_softmax import (
+    clean_values,
+    hide_columns,
+    needs_cleaning,
+    outgrows,
+    partial_maxima,
+    tiles_seen,
+    uniform,
+)
 from hopper_votes import decide, post_vote
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -78,9 +86,9 @@ def consume_plain(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def _wide_step(call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, j,
-               MASKED: gl.constexpr, GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
-    """Tile j. `keys`: its K is known to have arrived; returned for the next tile.
+def _wide_step(call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, whole, j,
+               GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+    """Tile j. `keys`: its K is known to have arrived; returned for the next tile. `whole`: tiles that need no mask.
 
     Each question to a barrier takes longer than a branch on its answer, so they are asked while the warp waits anyhow:
     for V of this tile and K of the next one under the product with K. Whether the reference is outgrown is found out
@@ -95,8 +103,9 @@ def _wide_step(call, shared, item, queries, keys, tile, m, reference, sums, acc,
     values = phase_over(shared, value_full(call, tile), value_phase(call, tile))
     keys = phase_over(shared, key_full(call, following), key_phase(call, following))
     scores = finish_scores(call, shared, token, tile)
-    if MASKED:
-        scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
+    if call.CAUSAL:  # noqa: SIM102 (the compiler decides the one, the kernel the other)
+        if j >= whole:
+            scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
     maxima = partial_maxima(scores) * call.scale_log2
     keep = decide(call, shared, item, maxima, m, tile, GROUP)
     rises = outgrows(maxima, reference)
@@ -130,14 +139,27 @@ def _pass_tiles(call, shared, item, base, first, cleaned, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def _last_apart(call, item, tiles):
+    """1 if the last of the `tiles` that this warpgroup computes has a step of its own, else 0.
+
+    That is where V must be cleaned, and in full attention where something is hidden.
+    """
+    if call.CAUSAL:
+        return ((tiles == item.tiles) & needs_cleaning(call, item)).to(gl.int32)
+    else:
+        return (item.kv_end < tiles * call.COLUMNS).to(gl.int32)
+
+
+@gluon.jit
 def consume_wide(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
-    """A loop for tiles that every row of the warpgroup sees whole, one for the others, the last, and those beyond.
+    """A loop for all tiles, a step for the last where it needs more, and those beyond.
 
     Causality shows more to an item's last rows than to its first, and at the end of the sequence rows are missing. A
     tile of which a warpgroup sees nothing is not computed, unless it is the first.
 
-    Nothing in the first but the vote decides a branch: where ptxas cannot see that all threads of a warp branch alike,
-    it moves every operand address through vector registers.
+    One loop, because each warpgroup has its own code: what an item runs once costs more for the instructions that have to
+    be fetched than for what they do (README.md). Nothing in it but votes and `uniform` numbers decides a branch: where
+    ptxas cannot see that all threads of a warp branch alike, it moves every operand address through vector registers.
     """
     sequence = 0
     base = 0
@@ -146,29 +168,26 @@ def consume_wide(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
         item = read_item(call, shared, sequence)
         visible, whole, m, sums, acc = begin_item(call, item, GROUP)
         tiles = gl.maximum(tiles_seen(call, item, item.row0 + GROUP * call.ROWS, call.ROWS), 1)
-        whole = gl.minimum(whole, tiles - 1)  # the last tile has its own step
         reference = m
         kept = 0
         keys = gl.to_tensor(0)
         tile = at_tile(call, base)
         queries = receive_queries(call, shared, sequence, GROUP)
         item_begun(call, shared, sequence, GROUP)
+        apart = _last_apart(call, item, tiles)
         last = at_tile(call, base + tiles - 1)
-        for j in range(whole):
+        whole = uniform(whole)
+        for j in range(uniform(tiles - apart)):
             keys, tile, m, reference, sums, acc, kept = _wide_step(
-                call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, j, False, GROUP,
+                call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, whole, j, GROUP,
                 DTYPE,
             )  # fmt: skip
-        for j in range(whole, tiles - 1):
-            keys, tile, m, reference, sums, acc, kept = _wide_step(
-                call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, j, True, GROUP,
-                DTYPE,
-            )  # fmt: skip
-        scores = finish_scores(call, shared, start_scores(call, shared, queries, last), last)
+        if uniform(apart) > 0:
+            scores = finish_scores(call, shared, start_scores(call, shared, queries, last), last)
+            reference, sums, acc, kept, cleaned = use_last_tile(
+                call, shared, item, visible, scores, m, reference, sums, acc, kept, cleaned, last, tiles, GROUP, DTYPE
+            )
         last_scores_done(call, shared, sequence, GROUP)
-        reference, sums, acc, kept, cleaned = use_last_tile(
-            call, shared, item, visible, scores, m, reference, sums, acc, kept, cleaned, last, tiles, GROUP, DTYPE
-        )
         cleaned = _pass_tiles(call, shared, item, base, tiles, cleaned, GROUP)
         end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE, GROUP)
         base += item.tiles

@@ -93,6 +93,12 @@ def any_row_of_warp(wants):
 
 
 @gluon.jit
+def uniform(value):
+    """The same number, a scalar, known to ptxas to be the same in all lanes of a warp, so that branches on it are, too."""
+    return gl.inline_asm("redux.sync.min.s32 $0, $1, 0xffffffff;", ("=r", "r"), [value], gl.int32, is_pure=False)
+
+
+@gluon.jit
 def finite(call, reference):
     """What a reference counts as in exponents: 0 where it is -inf (`first_maximum`), because -inf - -inf is NaN."""
     if call.GENERAL:
@@ -175,15 +181,22 @@ def first_maximum(call, item, rows):
 
 
 @gluon.jit
+def needs_cleaning(call, item):
+    """Whether the item's last tile has keys beyond `kv_lengths`."""
+    end = item.kv_end - (item.first + item.tiles - 1) * call.COLUMNS
+    return (end < call.COLUMNS) & (item.kv_end < call.seq_k)
+
+
+@gluon.jit
 def clean_values(call, shared, item, tile, cleaned, GROUP: gl.constexpr):
     """Zeroes V of keys beyond kv_lengths in `tile`, the item's last: they may hold NaN, and 0 * NaN is NaN.
 
     The first warpgroup does it, the others wait. It may be an item ahead of them (items of one tile), hence two
     barriers in turn. Returns the number of cleanings so far, from which barrier and phase follow.
     """
-    end = item.kv_end - (item.first + item.tiles - 1) * call.COLUMNS
-    if end < call.COLUMNS and item.kv_end < call.seq_k:
+    if needs_cleaning(call, item):
         if GROUP == 0:
+            end = item.kv_end - (item.first + item.tiles - 1) * call.COLUMNS
             await_phase(shared, value_full(call, tile), value_phase(call, tile))
             CHUNK: gl.constexpr = 16
             LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
