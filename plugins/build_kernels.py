@@ -45,8 +45,8 @@ POINTERS = (
 )
 SCALARS = (
     "given:i32 heads_q:i32 group:i32 seq_q:i32 seq_k:i32 row_blocks:i32 first_row:i32 heads:i32 section:i32 "
-    "last_section:i32 scale_log2:fp32 threshold:fp32 threshold_factor:fp32 window:i32 softcap_log2:fp32 softcap_rate:fp32 bias:*T "
-    "bias_bool:*u8 bias_batch:i64 bias_head:i64 bias_row:i64 bias_column:i64"
+    "last_section:i32 scale_log2:fp32 threshold:fp32 threshold_factor:fp32 window:i32 softcap_log2:fp32 "
+    "softcap_rate:fp32 bias:*T bias_bool:*u8 bias_batch:i64 bias_head:i64 bias_row:i64 bias_column:i64"
 )
 
 

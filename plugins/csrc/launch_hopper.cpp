@@ -14,24 +14,25 @@ namespace bsa {
 namespace {
 
 // Heads whose causal row blocks are worked on together, all of them longest block first. As measured, see README.md:
-// where keys are few, as many as half of an H100's L2 holds K and V of; otherwise a fixed number. Work items of more
-// than 128 rows read less of L2, and need several heads for an even end.
+// where keys are few, as many as half of an H100's L2 holds K and V of; otherwise a fixed number, more where work items
+// have more than 128 rows and so read less of L2.
 std::int64_t causalHeads(Kernel const& kernel, int keys)
 {
     constexpr std::int64_t kL2_BYTES = 24'000'000;
     std::int64_t const bytes = std::max<std::int64_t>(4LL * keys * kernel.head, 1); // of K and V of a head
     std::int64_t const fitting = kL2_BYTES / bytes;
+    bool const small = bytes <= 800'000;
     if (kernel.role == 'd' && kernel.head == 64)
     {
         return std::max<std::int64_t>(fitting, 44);
     }
     if (kernel.role == 'd')
     {
-        return keys > 1024 ? std::min<std::int64_t>(fitting, 4) : fitting;
+        return keys > 1024 && !small ? std::min<std::int64_t>(fitting, 4) : fitting;
     }
     if (kernel.rows > 128)
     {
-        return bytes <= 800'000 ? fitting : 4;
+        return small ? fitting : 4;
     }
     return keys > 2048 ? 1 : fitting;
 }

@@ -157,9 +157,9 @@ def consume_wide(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
     Causality shows more to an item's last rows than to its first, and at the end of the sequence rows are missing. A
     tile of which a warpgroup sees nothing is not computed, unless it is the first.
 
-    One loop, because each warpgroup has its own code: what an item runs once costs more for the instructions that have to
-    be fetched than for what they do (README.md). Nothing in it but votes and `uniform` numbers decides a branch: where
-    ptxas cannot see that all threads of a warp branch alike, it moves every operand address through vector registers.
+    One loop, because each warpgroup has its own code, and what an item runs once costs the time to fetch it as well
+    (README.md). Nothing in it but votes and `uniform` numbers decides a branch: where ptxas cannot see that all threads
+    of a warp branch alike, it moves every operand address through vector registers.
     """
     sequence = 0
     base = 0

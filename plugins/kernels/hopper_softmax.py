@@ -94,7 +94,7 @@ def any_row_of_warp(wants):
 
 @gluon.jit
 def uniform(value):
-    """The same number, a scalar, known to ptxas to be the same in all lanes of a warp, so that branches on it are, too."""
+    """The same number, known to ptxas to be the same in all lanes of a warp, so that branches on it are, too."""
     return gl.inline_asm("redux.sync.min.s32 $0, $1, 0xffffffff;", ("=r", "r"), [value], gl.int32, is_pure=False)
 
 
@@ -239,7 +239,7 @@ def store_output(call, shared, item, sequence, acc, reference, sums, DTYPE: gl.c
     stage.store(out)
     fence_async_shared()
     first = item.row0 + GROUP * call.ROWS
-    if call.CAUSAL:  # rows below 0 are all of a warpgroup's; the copy engine traps on them, but not on those beyond the end
+    if call.CAUSAL:  # below 0 the copy engine traps; beyond the end it writes nothing
         first = gl.where(first < 0, call.seq_q, first)
     tma.async_store(call.o, [item.batch, item.head, first, 0], stage)
     output_sent(call, shared, sequence, GROUP)

@@ -80,6 +80,8 @@ def inline_asm(asm: str, constraints: Any, args: list[Any], result_types: Any, i
     assert not is_pure
     if "red.or.pred" in asm or "vote.sync.any" in asm:  # the one thread here stands for all 128, of all warps
         return tile(int(bool((args[0] != 0).any())))
+    if "redux.sync" in asm:
+        return args[0]
     if "bar.warp.sync" in asm:
         return _barrier(args[0]).arrive(MACHINE[0].local.warps)
     if "mbarrier.test_wait" in asm:

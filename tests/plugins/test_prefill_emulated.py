@@ -118,7 +118,9 @@ def test_causal_calls_may_have_more_empty_rows_at_heads_of_64(emulation: Emulati
 
 @pytest.mark.parametrize("lam", [0.0, THRESHOLD])
 @pytest.mark.parametrize("size", [64, 128])
-@pytest.mark.parametrize(("heads", "rows"), [(512, 1024), (320, 1536), (256, 2048), (200, 3000), (128, 4096), (32, 16384)])
+@pytest.mark.parametrize(
+    ("heads", "rows"), [(512, 1024), (320, 1536), (256, 2048), (200, 3000), (128, 4096), (32, 16384)]
+)
 def test_causal_work_ends_evenly(emulation: Emulation, heads: int, rows: int, size: int, lam: float) -> None:
     """Taken in order by the multiprocessors of an H100, each item as long as it has tiles."""
     memory = torch.empty(8 * (heads + rows) + size, dtype=torch.float16)
