@@ -18,6 +18,14 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
     return Emulation(Path(tmp_path_factory.mktemp("emulation")))
 
 
+@pytest.fixture
+def whole_device(emulation: Emulation) -> Iterator[Emulation]:
+    """The same with as many multiprocessors as an H100, for launches that are not executed."""
+    emulation.driver.emulated_multiprocessors(132)
+    yield emulation
+    emulation.driver.emulated_multiprocessors(3)
+
+
 @pytest.fixture(scope="session")
 def many_rows(emulation: Emulation, tmp_path_factory: pytest.TempPathFactory) -> Emulation:
     """The same without the kernels that calls with few rows run, so that the others run calls of any size."""

@@ -164,10 +164,9 @@ class Emulation:
             assert block == (32 * spec.warps if is_plain(spec) else 128 * (spec.groups + 1)) and shared == 1000
             self.launched.append((spec.name, grid[0] * grid[1] * grid[2]))
             if not is_plain(spec):
-                places = enumerate(self.arguments, MAPS)
                 self.scalars = {
                     name: _argument(arguments[place], kind, torch.float16)
-                    for place, (name, kind) in places
+                    for place, (name, kind) in enumerate(self.arguments, MAPS)
                     if not kind.startswith("*")
                 }
             if not self.executes:

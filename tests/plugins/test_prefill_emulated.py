@@ -121,15 +121,13 @@ def test_causal_calls_may_have_more_empty_rows_at_heads_of_64(emulation: Emulati
 @pytest.mark.parametrize(
     ("heads", "rows"), [(512, 1024), (320, 1536), (256, 2048), (200, 3000), (128, 4096), (32, 16384)]
 )
-def test_causal_work_ends_evenly(emulation: Emulation, heads: int, rows: int, size: int, lam: float) -> None:
+def test_causal_work_ends_evenly(whole_device: Emulation, heads: int, rows: int, size: int, lam: float) -> None:
     """Taken in order by the multiprocessors of an H100, each item as long as it has tiles."""
     memory = torch.empty(8 * (heads + rows) + size, dtype=torch.float16)
     q = memory.as_strided((1, heads, rows, size), (8, 8, 8, 1))  # nothing is executed
-    emulation.driver.emulated_multiprocessors(132)
-    kernel = emulation.kernels_of(native.pack(q, q, q, q, is_causal=True, threshold=lam, br=64))[0]
-    emulation.driver.emulated_multiprocessors(3)
-    spec = emulation.specs[kernel]
-    items = work_items(spec, emulation.scalars)
+    kernel = whole_device.kernels_of(native.pack(q, q, q, q, is_causal=True, threshold=lam, br=64))[0]
+    spec = whole_device.specs[kernel]
+    items = work_items(spec, whole_device.scalars)
     blocks = {(head, row0) for head, row0, _ in items}
     assert len(blocks) == len(items) == heads * -(-rows // spec.rows)
     assert {row0 + spec.rows for _, row0, _ in items if row0 + spec.rows >= rows} == {-(-rows // 64) * 64}
