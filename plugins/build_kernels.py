@@ -32,6 +32,7 @@ sys.path.insert(0, str(HERE / "kernels"))
 import decode_specifications  # noqa: E402
 import prefill_specifications  # noqa: E402
 import specifications  # noqa: E402
+from join_consumers import join  # noqa: E402
 from plain_kernel import ARCHITECTURES, SHARED_BYTES, PlainKernel  # noqa: E402
 from specifications import Specialisation  # noqa: E402
 
@@ -88,7 +89,9 @@ def _hopper(spec: Specialisation) -> tuple[Any, int, str, dict[str, Any]]:
     from triton.experimental.gluon import language as gl
 
     signature, constants = _signature(spec, gl)
-    return GluonASTSource(prefill, signature, constants, {}), 90, "sm_90a", {"num_warps": 4}
+    # Triton asks for level 2 of register allocation, against a bug of ptxas 13; 4, the default of ptxas, spills less
+    options = {"num_warps": 4, "ptx_options": "--regAllocOptLevel=4"}
+    return GluonASTSource(prefill, signature, constants, {}), 90, "sm_90a", options
 
 
 def _plain(spec: PlainKernel) -> tuple[Any, int, str, dict[str, Any]]:
@@ -128,8 +131,12 @@ def _generate(spec: Specialisation | PlainKernel) -> tuple[Any, str]:
     # Triton itself binds every cubin from 9.0 on to one compute capability; this is where it asks
     compiler.sm_arch_from_capability = lambda _: architecture
     log = io.StringIO()
-    with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
+    knobs = triton.knobs
+    with tempfile.TemporaryDirectory() as cache, knobs.cache.scope(), knobs.nvidia.scope(), knobs.runtime.scope():
         triton.knobs.cache.dir = cache  # a cached kernel would come without the log of ptxas
+        knobs.runtime.add_stages_inspection_hook = (
+            None if isinstance(spec, PlainKernel) or not spec.shares_code else _join_stage
+        )
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.knobs.compilation.disable_line_info = True
         with contextlib.redirect_stdout(log):
@@ -137,6 +144,15 @@ def _generate(spec: Specialisation | PlainKernel) -> tuple[Any, str]:
                 source, target=GPUTarget("cuda", capability, 32), options={**options, "enable_fp_fusion": True}
             )
     return kernel, log.getvalue()
+
+
+def _join_stage(_: Any = None, stages: dict[str, Any] | None = None, *__: Any) -> tuple[str, str] | None:
+    """Triton's hook on its stages: `join` follows the one that makes PTX. Asked for a key to the cache, it has none."""
+    if stages is None:
+        return "", ""
+    make = stages["ptx"]
+    stages["ptx"] = lambda source, metadata: join(make(source, metadata))
+    return None
 
 
 def _assemble(ptx: str, architecture: str) -> tuple[bytes, str]:

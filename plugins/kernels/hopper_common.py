@@ -42,22 +42,24 @@ def end_block(tile):
     )  # fmt: skip
 
 
-@gluon.constexpr_function
-def _turn_asm(what, barrier):
-    return f"barrier.cta.{what} {barrier}, 256;"  # the warpgroup whose turn it is, and the one that gives it
+@gluon.jit
+def converged():
+    """Tells ptxas that the threads of a warp are together here: what is the same for all can stay in uniform registers.
+
+    It believes it of instructions that want a whole warp ("aligned"), and then also of the loop in front of one.
+    """
+    gl.inline_asm("wgmma.wait_group.sync.aligned 0;", (), [], (), is_pure=False)
 
 
 @gluon.jit
-def await_turn(GROUP: gl.constexpr):
-    """Waits until products of this warpgroup are issued next."""
-    ASM: gl.constexpr = _turn_asm("sync", TURN_BARRIER + GROUP)
-    gl.inline_asm(ASM, (), [], (), is_pure=False)
+def await_turn(group):
+    """Waits until products of this warpgroup are issued next: for 256 threads, its own and those that give the turn."""
+    gl.inline_asm("barrier.cta.sync $0, 256;", ("r",), [TURN_BARRIER + group], (), is_pure=False)
 
 
 @gluon.jit
-def give_turn(GROUP: gl.constexpr):
-    ASM: gl.constexpr = _turn_asm("arrive", TURN_BARRIER + GROUP)
-    gl.inline_asm(ASM, (), [], (), is_pure=False)
+def give_turn(group):
+    gl.inline_asm("barrier.cta.arrive $0, 256;", ("r",), [TURN_BARRIER + group], (), is_pure=False)
 
 
 @gluon.jit

@@ -7,7 +7,7 @@ reference, and a row sum that is too large says that a score has outgrown it.
 """
 
 from hopper_common import await_turn, give_turn
-from hopper_queries import item_begun, last_scores_done, receive_queries
+from hopper_queries import item_begun, last_scores_done, queries_again, receive_queries
 from hopper_rings import (
     at_tile,
     key_free,
@@ -23,7 +23,6 @@ from hopper_shared import arrive_warp, await_phase, read_item, receive_item, rel
 from hopper_softmax import (
     OUTGROWN,
     any_row_of_warp,
-    clean_values,
     count_all,
     first_maximum,
     halves,
@@ -73,17 +72,18 @@ def _start_scores(call, shared, queries, tile):
     """Issues Q K^T."""
     zeros = gl.full([call.ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
     k = shared.k.index(tile.slot)
+    queries = queries_again(call, shared, queries)
     return warpgroup_mma(queries, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _issue(call, shared, queries, a, b, c, acc, before, tile, GROUP: gl.constexpr):
+def _issue(call, shared, queries, a, b, c, acc, before, tile):
     """Issues Q K^T of a tile and P V of the one before: the scores, and the output in flight."""
     await_phase(shared, key_full(call, tile), key_phase(call, tile))
-    await_turn(GROUP)
+    await_turn(shared.group)
     scores_token = _start_scores(call, shared, queries, tile)
     acc_token = _multiply(a, b, c, shared.v.index(value_slot(call, before)), acc)
-    give_turn((GROUP + 1) % call.GROUPS)
+    give_turn(gl.where(shared.group == call.GROUPS - 1, 0, shared.group + 1))
     scores = warpgroup_mma_wait(3, deps=(scores_token,))
     arrive_warp(shared, key_free(call, tile))
     return scores, acc_token
@@ -104,12 +104,12 @@ def _finish(call, shared, acc_token, before, tile):
 
 @gluon.jit
 def _step_speculative(call, shared, queries, visible, a, b, c, acc, reference, sums, before, tile, j,
-                      MASKED: gl.constexpr, GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+                      MASKED: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
     """One tile. Exponentials are taken with the old reference, and their sums tell whether a score has outgrown it.
 
     So nobody looks for the tile's maximum, unless it has.
     """
-    scores, acc_token = _issue(call, shared, queries, a, b, c, acc, before, tile, GROUP)
+    scores, acc_token = _issue(call, shared, queries, a, b, c, acc, before, tile)
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
     first, second, last = _divide(scores, call.COLUMNS)
@@ -130,9 +130,9 @@ def _step_speculative(call, shared, queries, visible, a, b, c, acc, reference, s
 
 @gluon.jit
 def _step_checked(call, shared, queries, visible, a, b, c, acc, reference, sums, before, tile, j, MASKED: gl.constexpr,
-                  GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+                  DTYPE: gl.constexpr):  # fmt: skip
     """One tile. The reference is brought up to date first: at head size 256 faster than `_step_speculative`."""
-    scores, acc_token = _issue(call, shared, queries, a, b, c, acc, before, tile, GROUP)
+    scores, acc_token = _issue(call, shared, queries, a, b, c, acc, before, tile)
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
     rises = outgrows(partial_maxima(scores) * call.scale_log2, reference)
@@ -153,36 +153,35 @@ def _step_checked(call, shared, queries, visible, a, b, c, acc, reference, sums,
 
 @gluon.jit
 def _step(call, shared, queries, visible, a, b, c, acc, reference, sums, before, tile, j, MASKED: gl.constexpr,
-          GROUP: gl.constexpr, DTYPE: gl.constexpr, SPECULATIVE: gl.constexpr):  # fmt: skip
+          DTYPE: gl.constexpr, SPECULATIVE: gl.constexpr):  # fmt: skip
     step: gl.constexpr = _step_speculative if SPECULATIVE else _step_checked
     a, b, c, acc, reference, sums = step(
-        call, shared, queries, visible, a, b, c, acc, reference, sums, before, tile, j, MASKED, GROUP, DTYPE
+        call, shared, queries, visible, a, b, c, acc, reference, sums, before, tile, j, MASKED, DTYPE
     )
     return a, b, c, acc, reference, sums, tile, next_tile(call, tile)
 
 
 @gluon.jit
-def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, SPECULATIVE: gl.constexpr):
+def consume_dense(call, shared, DTYPE: gl.constexpr, SPECULATIVE: gl.constexpr):
     """One consumer warpgroup: its rows of every item."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.HEAD, 16])
     sequence = 0
     base = 0
-    cleaned = 0
-    if GROUP == call.GROUPS - 1:
-        give_turn(0)
+    if shared.group == call.GROUPS - 1:
+        give_turn(gl.to_tensor(0))
     while receive_item(call, shared, sequence) != 0:
         item = read_item(call, shared, sequence)
-        first_row = item.row0 + GROUP * call.ROWS
+        first_row = item.row0 + shared.group * call.ROWS
         rows = first_row + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
         visible = item.visible_columns(call, rows)
         whole = item.visible_columns(call, first_row) // call.COLUMNS  # tiles that need no mask
 
         first_tile = at_tile(call, base)
-        queries = receive_queries(call, shared, sequence, GROUP)
+        queries = receive_queries(call, shared, sequence)
         await_phase(shared, key_full(call, first_tile), key_phase(call, first_tile))
         scores = warpgroup_mma_wait(0, deps=(_start_scores(call, shared, queries, first_tile),))
         arrive_warp(shared, key_free(call, first_tile))
-        item_begun(call, shared, sequence, GROUP)
+        item_begun(call, shared, sequence)
         if whole == 0:
             scores = hide_columns(scores, 0, visible, call.COLUMNS)
         acc = gl.full([call.ROWS, call.HEAD], 0.0, gl.float32, ACC)
@@ -196,24 +195,23 @@ def consume_dense(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr, SPECUL
         whole = gl.maximum(gl.minimum(whole, item.tiles), 1)
         for j in range(1, whole):
             a, b, c, acc, reference, sums, before, tile = _step(
-                call, shared, queries, visible, a, b, c, acc, reference, sums, before, tile, j, False, GROUP, DTYPE,
+                call, shared, queries, visible, a, b, c, acc, reference, sums, before, tile, j, False, DTYPE,
                 SPECULATIVE,
             )  # fmt: skip
         for j in range(whole, item.tiles):
             a, b, c, acc, reference, sums, before, tile = _step(
-                call, shared, queries, visible, a, b, c, acc, reference, sums, before, tile, j, True, GROUP, DTYPE,
+                call, shared, queries, visible, a, b, c, acc, reference, sums, before, tile, j, True, DTYPE,
                 SPECULATIVE,
             )  # fmt: skip
 
-        last_scores_done(call, shared, sequence, GROUP)
+        last_scores_done(call, shared, sequence)
         base += item.tiles
-        cleaned = clean_values(call, shared, item, before, cleaned, GROUP)
         values = shared.v.index(value_slot(call, before))
         acc = warpgroup_mma_wait(0, deps=(_multiply(a, b, c, values, acc),))
         arrive_warp(shared, value_free(call, before))
 
         item = read_item(call, shared, sequence)
-        store_output(call, shared, item, sequence, acc, reference, sums, DTYPE, GROUP)
-        count_all(call, item, GROUP)
+        store_output(call, shared, item, sequence, acc, reference, sums, DTYPE)
+        count_all(call, shared, item)
         release_item(call, shared, sequence)
         sequence += 1

@@ -10,7 +10,6 @@ from hopper_shared import arrive_warp, read_item, receive_item, release_item
 from hopper_skip import finish_scores, start_scores, use_tile
 from hopper_softmax import (
     add_counts,
-    clean_values,
     first_maximum,
     for_shares,
     hide_columns,
@@ -53,15 +52,14 @@ def _logits(call, item, scores, rows, visible, column0, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def consume_general(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
+def consume_general(call, shared, DTYPE: gl.constexpr):
     """One consumer warpgroup: its rows of every item."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.HEAD, 16])
     sequence = 0
     base = 0
-    cleaned = 0
     while receive_item(call, shared, sequence) != 0:
         item = read_item(call, shared, sequence)
-        rows = item.row0 + GROUP * call.ROWS + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
+        rows = item.row0 + shared.group * call.ROWS + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
         visible = item.visible_columns(call, rows)
 
         m = first_maximum(call, item, rows)
@@ -70,36 +68,34 @@ def consume_general(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
         acc = gl.full([call.ROWS, call.HEAD], 0.0, gl.float32, ACC)
         kept = 0
         exist = 0
-        queries = receive_queries(call, shared, sequence, GROUP)
-        item_begun(call, shared, sequence, GROUP)
+        queries = receive_queries(call, shared, sequence)
+        item_begun(call, shared, sequence)
         for j in range(item.tiles):
             tile = at_tile(call, base + j)
             scores = finish_scores(call, shared, start_scores(call, shared, queries, tile), tile)
             scores = _logits(call, item, scores, rows, visible, (item.first + j) * call.COLUMNS, DTYPE)
             maxima = partial_maxima(scores)
-            keep = any_row(maxima - for_shares(m, maxima) >= item.log2_threshold, GROUP)
+            keep = any_row(shared, maxima - for_shares(m, maxima) >= item.log2_threshold)
             if call.JOINT:
-                post_vote(call, shared, keep, at_tile(call, 2 * tile.number), GROUP)
-                keep = joint_vote(call, shared, keep, at_tile(call, 2 * tile.number), GROUP)
+                post_vote(call, shared, keep, at_tile(call, 2 * tile.number))
+                keep = joint_vote(call, shared, keep, at_tile(call, 2 * tile.number))
             if call.has(HAS_COUNTS):
                 exists = for_shares(rows, maxima) < item.q_end
-                sees = any_row((maxima > float("-inf")) & exists, GROUP)
+                sees = any_row(shared, (maxima > float("-inf")) & exists)
                 if call.JOINT:
-                    post_vote(call, shared, sees, at_tile(call, 2 * tile.number + 1), GROUP)
-                    sees = joint_vote(call, shared, sees, at_tile(call, 2 * tile.number + 1), GROUP)
+                    post_vote(call, shared, sees, at_tile(call, 2 * tile.number + 1))
+                    sees = joint_vote(call, shared, sees, at_tile(call, 2 * tile.number + 1))
                 exist += sees
-            if j == item.tiles - 1:
-                cleaned = clean_values(call, shared, item, tile, cleaned, GROUP)
             m, reference, sums, acc, kept = use_tile(
                 call, shared, scores, 1.0, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
             )
             arrive_warp(shared, value_free(call, tile))
 
-        last_scores_done(call, shared, sequence, GROUP)
+        last_scores_done(call, shared, sequence)
         item = read_item(call, shared, sequence)
-        store_output(call, shared, item, sequence, acc, reference, sums, DTYPE, GROUP)
+        store_output(call, shared, item, sequence, acc, reference, sums, DTYPE)
         if call.has(HAS_COUNTS):
-            add_counts(call, item, exist - kept, exist, GROUP)
+            add_counts(call, shared, item, exist - kept, exist)
         release_item(call, shared, sequence)
         base += item.tiles
         sequence += 1

@@ -6,7 +6,7 @@ scores; or, for decisions of 128 rows at heads of 64, two warpgroups that have a
 for another's vote, and what a tile costs beside its products is paid once for twice the rows.
 """
 
-from hopper_common import end_block
+from hopper_common import converged, end_block
 from hopper_queries import item_begun, last_scores_done, receive_queries
 from hopper_rings import (
     Tile,
@@ -35,13 +35,10 @@ from hopper_skip import (
     finish_scores,
     issue_scores,
     start_scores,
-    use_last_tile,
     use_tile,
 )
 from hopper_softmax import (
-    clean_values,
     hide_columns,
-    needs_cleaning,
     outgrows,
     partial_maxima,
     tiles_seen,
@@ -53,42 +50,39 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def consume_plain(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
+def consume_plain(call, shared, DTYPE: gl.constexpr):
     """One loop, for few registers: whether a tile needs a mask is asked at every tile."""
     sequence = 0
     base = 0
-    cleaned = 0
     while receive_item(call, shared, sequence) != 0:
         item = read_item(call, shared, sequence)
-        visible, whole, m, sums, acc = begin_item(call, item, GROUP)
+        visible, whole, m, sums, acc = begin_item(call, shared, item)
         reference = m
         kept = 0
-        queries = receive_queries(call, shared, sequence, GROUP)
-        item_begun(call, shared, sequence, GROUP)
+        queries = receive_queries(call, shared, sequence)
+        item_begun(call, shared, sequence)
         for j in range(item.tiles):
             tile = at_tile(call, base + j)
             scores = finish_scores(call, shared, start_scores(call, shared, queries, tile), tile)
             if j >= whole:
                 scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
             maxima = partial_maxima(scores) * call.scale_log2
-            keep = decide(call, shared, item, maxima, m, tile, GROUP)
-            if j == item.tiles - 1:
-                cleaned = clean_values(call, shared, item, tile, cleaned, GROUP)
+            keep = decide(call, shared, item, maxima, m, tile)
             m, reference, sums, acc, kept = use_tile(
                 call, shared, scores, call.scale_log2, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
             )
             arrive_warp(shared, value_free(call, tile))
 
-        last_scores_done(call, shared, sequence, GROUP)
-        end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE, GROUP)
+        last_scores_done(call, shared, sequence)
+        end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE)
         base += item.tiles
         sequence += 1
 
 
 @gluon.jit
-def _wide_step(call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, whole, j,
-               GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
-    """Tile j. `keys`: its K is known to have arrived; returned for the next tile. `whole`: tiles that need no mask.
+def _wide_step(call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, j,
+               MASKED: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+    """Tile j. `keys`: its K is known to have arrived; returned for the next tile.
 
     Each question to a barrier takes longer than a branch on its answer, so they are asked while the warp waits anyhow:
     for V of this tile and K of the next one under the product with K. Whether the reference is outgrown is found out
@@ -103,11 +97,10 @@ def _wide_step(call, shared, item, queries, keys, tile, m, reference, sums, acc,
     values = phase_over(shared, value_full(call, tile), value_phase(call, tile))
     keys = phase_over(shared, key_full(call, following), key_phase(call, following))
     scores = finish_scores(call, shared, token, tile)
-    if call.CAUSAL:  # noqa: SIM102 (the compiler decides the one, the kernel the other)
-        if j >= whole:
-            scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
+    if MASKED:
+        scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
     maxima = partial_maxima(scores) * call.scale_log2
-    keep = decide(call, shared, item, maxima, m, tile, GROUP)
+    keep = decide(call, shared, item, maxima, m, tile)
     rises = outgrows(maxima, reference)
     if keep > 0:
         await_unless(shared, values, value_full(call, tile), value_phase(call, tile))
@@ -121,7 +114,7 @@ def _wide_step(call, shared, item, queries, keys, tile, m, reference, sums, acc,
 
 
 @gluon.jit
-def _pass_tiles(call, shared, item, base, first, cleaned, GROUP: gl.constexpr):
+def _pass_tiles(call, shared, item, base, first):
     """Gives back what this warpgroup does not need: the item's tiles from `first` on.
 
     K is waited for all the same: its slot is free when every warpgroup has arrived for this tile, not for one before.
@@ -131,64 +124,44 @@ def _pass_tiles(call, shared, item, base, first, cleaned, GROUP: gl.constexpr):
         await_phase(shared, key_full(call, tile), key_phase(call, tile))
         arrive_warp(shared, key_free(call, tile))
         if call.ON_DEMAND:
-            post_vote(call, shared, 0, tile, GROUP)
-        if j == item.tiles - 1:
-            cleaned = clean_values(call, shared, item, tile, cleaned, GROUP)
+            post_vote(call, shared, 0, tile)
         arrive_warp(shared, value_free(call, tile))
-    return cleaned
 
 
 @gluon.jit
-def _last_apart(call, item, tiles):
-    """1 if the last of the `tiles` that this warpgroup computes has a step of its own, else 0.
-
-    That is where V must be cleaned, and in full attention where something is hidden.
-    """
-    if call.CAUSAL:
-        return ((tiles == item.tiles) & needs_cleaning(call, item)).to(gl.int32)
-    else:
-        return (item.kv_end < tiles * call.COLUMNS).to(gl.int32)
-
-
-@gluon.jit
-def consume_wide(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
-    """A loop for all tiles, a step for the last where it needs more, and those beyond.
+def consume_wide(call, shared, DTYPE: gl.constexpr):
+    """Tiles that are seen whole, those of which something is hidden, and those that this warpgroup does not need.
 
     Causality shows more to an item's last rows than to its first, and at the end of the sequence rows are missing. A
     tile of which a warpgroup sees nothing is not computed, unless it is the first.
 
-    One loop, because each warpgroup has its own code, and what an item runs once costs the time to fetch it as well
-    (README.md). Nothing in it but votes and `uniform` numbers decides a branch: where ptxas cannot see that all threads
-    of a warp branch alike, it moves every operand address through vector registers.
+    Nothing in the loops but votes and `uniform` numbers decides a branch: where ptxas cannot see that all threads of a
+    warp branch alike, it moves every operand address through vector registers.
     """
     sequence = 0
     base = 0
-    cleaned = 0
     while receive_item(call, shared, sequence) != 0:
         item = read_item(call, shared, sequence)
-        visible, whole, m, sums, acc = begin_item(call, item, GROUP)
-        tiles = gl.maximum(tiles_seen(call, item, item.row0 + GROUP * call.ROWS, call.ROWS), 1)
+        visible, whole, m, sums, acc = begin_item(call, shared, item)
+        tiles = uniform(gl.maximum(tiles_seen(call, item, item.row0 + shared.group * call.ROWS, call.ROWS), 1))
+        whole = gl.minimum(uniform(whole), tiles)
         reference = m
         kept = 0
         keys = gl.to_tensor(0)
         tile = at_tile(call, base)
-        queries = receive_queries(call, shared, sequence, GROUP)
-        item_begun(call, shared, sequence, GROUP)
-        apart = _last_apart(call, item, tiles)
-        last = at_tile(call, base + tiles - 1)
-        whole = uniform(whole)
-        for j in range(uniform(tiles - apart)):
+        queries = receive_queries(call, shared, sequence)
+        item_begun(call, shared, sequence)
+        for j in range(whole):
             keys, tile, m, reference, sums, acc, kept = _wide_step(
-                call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, whole, j, GROUP,
-                DTYPE,
+                call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, j, False, DTYPE,
             )  # fmt: skip
-        if uniform(apart) > 0:
-            scores = finish_scores(call, shared, start_scores(call, shared, queries, last), last)
-            reference, sums, acc, kept, cleaned = use_last_tile(
-                call, shared, item, visible, scores, m, reference, sums, acc, kept, cleaned, last, tiles, GROUP, DTYPE
-            )
-        last_scores_done(call, shared, sequence, GROUP)
-        cleaned = _pass_tiles(call, shared, item, base, tiles, cleaned, GROUP)
-        end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE, GROUP)
+        for j in range(whole, tiles):
+            keys, tile, m, reference, sums, acc, kept = _wide_step(
+                call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, j, True, DTYPE,
+            )  # fmt: skip
+        converged()
+        last_scores_done(call, shared, sequence)
+        _pass_tiles(call, shared, item, base, tiles)
+        end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE)
         base += item.tiles
         sequence += 1

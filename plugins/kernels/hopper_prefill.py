@@ -14,19 +14,19 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 
 @gluon.jit
-def _consume(call, queries, keys, values, cells, GROUP: gl.constexpr, SCHEDULE: gl.constexpr, DTYPE: gl.constexpr,
+def _consume(call, queries, keys, values, cells, SCHEDULE: gl.constexpr, DTYPE: gl.constexpr,
              SPECULATIVE: gl.constexpr):  # fmt: skip
     shared = open_shared(queries, keys, values, cells)
     if SCHEDULE == "dense":
-        consume_dense(call, shared, GROUP, DTYPE, SPECULATIVE)
+        consume_dense(call, shared, DTYPE, SPECULATIVE)
     elif SCHEDULE == "skip":
-        consume_skip(call, shared, GROUP, DTYPE)
+        consume_skip(call, shared, DTYPE)
     elif SCHEDULE == "general":
-        consume_general(call, shared, GROUP, DTYPE)
+        consume_general(call, shared, DTYPE)
     elif SCHEDULE == "wide":
-        consume_wide(call, shared, GROUP, DTYPE)
+        consume_wide(call, shared, DTYPE)
     else:
-        consume_plain(call, shared, GROUP, DTYPE)
+        consume_plain(call, shared, DTYPE)
     tma.store_wait(0)
 
 
@@ -83,22 +83,22 @@ def prefill(
     init_barriers(call, cells, "voted", 1)
     init_barriers(call, cells, "q_full", 1)
     init_barriers(call, cells, "q_free", 4)
-    init_barriers(call, cells, "v_clean", 4)
+    init_barriers(call, cells, "v_raw", 1)
     init_barriers(call, cells, "item_full", 1)
     init_barriers(call, cells, "item_free", WARPS + 1)
     fence_async_shared()
     if GROUPS == 2:
         gl.warp_specialize([
-            (_consume, (call, queries, keys, values, cells, 0, SCHEDULE, DTYPE, SPECULATIVE)),
-            (_consume, (call, queries, keys, values, cells, 1, SCHEDULE, DTYPE, SPECULATIVE)),
+            (_consume, (call, queries, keys, values, cells, SCHEDULE, DTYPE, SPECULATIVE)),
+            (_consume, (call, queries, keys, values, cells, SCHEDULE, DTYPE, SPECULATIVE)),
             (_produce, (call, queries, keys, values, cells, True)),
             (_produce, (call, queries, keys, values, cells, False)),
         ], [4, 1, 1], [CONSUMER_REGISTERS, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (call, queries, keys, values, cells, 0, SCHEDULE, DTYPE, SPECULATIVE)),
-            (_consume, (call, queries, keys, values, cells, 1, SCHEDULE, DTYPE, SPECULATIVE)),
-            (_consume, (call, queries, keys, values, cells, 2, SCHEDULE, DTYPE, SPECULATIVE)),
+            (_consume, (call, queries, keys, values, cells, SCHEDULE, DTYPE, SPECULATIVE)),
+            (_consume, (call, queries, keys, values, cells, SCHEDULE, DTYPE, SPECULATIVE)),
+            (_consume, (call, queries, keys, values, cells, SCHEDULE, DTYPE, SPECULATIVE)),
             (_produce, (call, queries, keys, values, cells, True)),
             (_produce, (call, queries, keys, values, cells, False)),
         ], [4, 4, 1, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 24, 24])  # fmt: skip

@@ -27,11 +27,11 @@ from hopper_rings import (
     value_slot,
     voted_before,
 )
-from hopper_shared import arrive_warp, publish_item, read_item, receive_item, release_item
+from hopper_shared import arrive_warp, await_barrier, cell, publish_item, read_item, receive_item, release_item
 from hopper_votes import any_vote, await_votes
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 DENSITY_ONE = gl.constexpr(256)  # share of tiles that are kept, as the producer of V follows it: all of them
 DENSITY_DEMAND = gl.constexpr(40)  # below, V is loaded on demand,
@@ -135,6 +135,39 @@ def produce_keys(call, shared):
 
 
 @gluon.jit
+def _needs_cleaning(call, item):
+    """Whether the item's last tile has keys beyond `kv_lengths`."""
+    end = item.kv_end - (item.first + item.tiles - 1) * call.COLUMNS
+    return (end < call.COLUMNS) & (item.kv_end < call.seq_k)
+
+
+@gluon.constexpr_function
+def _zero_asm(columns, head):
+    part = columns * 128  # bytes of 64 of the head's columns: rows of 128 bytes, each swizzled within itself
+    stores = "".join(f" @more st.shared.v4.b32 [at+{n * part}], {{zero, zero, zero, zero}};" for n in range(head // 64))
+    return (
+        "{ .reg .b32 at, end, zero; .reg .pred more; mov.b32 zero, 0;"
+        f" mov.u32 at, %laneid; shl.b32 at, at, 4; add.s32 at, at, $0; add.s32 end, $0, {part};"
+        " mad.lo.s32 at, $1, 128, at;"
+        f" again: setp.lt.u32 more, at, end;{stores} add.s32 at, at, 512; @more bra again; }}"
+    )
+
+
+@gluon.jit
+def _load_clean(call, shared, item, kv_head, place, cleaned):
+    """Loads V of the item's last tile and zeroes keys beyond `kv_lengths`: they may hold NaN, and 0 * NaN is NaN."""
+    raw = shared.barrier(cell(call, "v_raw", 0))
+    values = shared.v.index(value_slot(call, place))
+    row = (item.first + item.tiles - 1) * call.COLUMNS
+    load_tile(call.v, item.batch, kv_head, row, raw, values, call.COLUMNS, call.HEAD)
+    await_barrier(shared, cell(call, "v_raw", 0), cleaned & 1)
+    ASM: gl.constexpr = _zero_asm(call.COLUMNS, call.HEAD)
+    gl.inline_asm(ASM, ("r", "r"), [values, gl.maximum(item.kv_end - row, 0)], (), is_pure=False)
+    fence_async_shared()
+    arrive_warp(shared, value_full(call, place))
+
+
+@gluon.jit
 def produce_values(call, shared):
     """The second producer warp: streams V, so that waiting for its buffers does not hold up K.
 
@@ -145,10 +178,12 @@ def produce_values(call, shared):
     """
     sequence = 0
     tile = 0
+    cleaned = 0  # tiles so far, from which the phase of their barrier follows
     density = gl.to_tensor(DENSITY_ONE)
     while receive_item(call, shared, sequence) != 0:
         item = read_item(call, shared, sequence)
         kv_head = item.head // call.group
+        unclean = gl.where(_needs_cleaning(call, item), item.tiles - 1, -1)
         for j in range(item.tiles):
             place = at_tile(call, tile)
             await_value_buffer(call, shared, place)
@@ -160,12 +195,15 @@ def produce_values(call, shared):
                 if density < DENSITY_DEMAND and (call.CAUSAL or call.seq_k > DEMAND_KEYS):
                     await_votes(call, shared, place)
                     wanted = any_vote(call, shared, place)
-            if wanted != 0:
+            if wanted == 0:
+                arrive_warp(shared, value_full(call, place))
+            elif j == unclean:
+                _load_clean(call, shared, item, kv_head, place, cleaned)
+                cleaned += 1
+            else:
                 full = shared.barrier(value_full(call, place))
                 load_tile(call.v, item.batch, kv_head, (item.first + j) * call.COLUMNS, full,
                           shared.v.index(value_slot(call, place)), call.COLUMNS, call.HEAD)  # fmt: skip
-            else:
-                arrive_warp(shared, value_full(call, place))
             tile += 1
         release_item(call, shared, sequence)
         sequence += 1

@@ -25,7 +25,7 @@ def _cells(groups, queries, key_stages, alternate, drift):
     return {
         "k_full": keys, "k_free": keys, "v_full": drift, "v_free": drift, "voted": votes, "votes": votes,
         "q_full": items * groups, "q_free": items * groups,
-        "v_clean": 2,  # keys beyond kv_lengths have been zeroed in the last tile of V
+        "v_raw": 1,  # V with keys beyond kv_lengths, which its producer is going to zero
         "item_full": 2, "item_free": 2, "item": 2 * 8,
     }  # fmt: skip
 
@@ -74,6 +74,7 @@ class Shared:
     v: gl.shared_memory_descriptor
     cells: gl.shared_memory_descriptor
     base: gl.tensor  # their address
+    group: gl.tensor  # number of this warpgroup among the consumers; means nothing to a producer
 
     @gluon.jit
     def barrier(self, cell):
@@ -96,10 +97,19 @@ class Shared:
 
 @gluon.jit
 def open_shared(q, k, v, cells):
-    """What a role sees of shared memory. Each calls it for itself: an address that is handed over to a role comes
-    through memory, and the compiler no longer knows that it is the same for all threads."""
+    """What a role sees of shared memory, and which warpgroup it is.
+
+    Each calls it for itself: an address that is handed over to a role comes through memory, and the compiler no longer
+    knows that it is the same for all threads. The number of the warpgroup must come from the hardware: the consumers
+    may run one copy of the code (join_consumers.py).
+    """
     base = gl.inline_asm("mov.b32 $0, $1;", ("=r", "r"), [cells], gl.int32, is_pure=False)
-    return Shared(q, k, v, cells, base)
+    group = gl.inline_asm(
+        "{ .reg .b32 group; mov.u32 group, %tid.x; shr.u32 group, group, 7;"
+        " redux.sync.min.s32 $0, group, 0xffffffff; }",
+        ("=r",), [], gl.int32, is_pure=False,
+    )  # fmt: skip
+    return Shared(q, k, v, cells, base, group)
 
 
 @gluon.jit

@@ -6,7 +6,7 @@ flight across a merge of control flow makes ptxas serialise all of them. Inside 
 tile's columns runs under the exponentials of the next quarter. `hopper_plain` has the schedules without such overlap.
 """
 
-from hopper_queries import item_begun, last_scores_done, receive_queries
+from hopper_queries import item_begun, last_scores_done, queries_again, receive_queries
 from hopper_rings import (
     at_tile,
     key_free,
@@ -21,7 +21,6 @@ from hopper_rings import (
 from hopper_shared import arrive_warp, await_phase, read_item, receive_item, release_item
 from hopper_softmax import (
     any_row_of_warp,
-    clean_values,
     count_kept,
     finite,
     first_maximum,
@@ -56,6 +55,7 @@ def issue_scores(call, shared, queries, tile):
     """The same for K that has arrived."""
     zeros = gl.full([call.ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
     k = shared.k.index(tile.slot)
+    queries = queries_again(call, shared, queries)
     return warpgroup_mma(queries, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
@@ -109,10 +109,10 @@ def add_tile(call, shared, scores, scale, maxima, rises, m, reference, sums, acc
 
 
 @gluon.jit
-def begin_item(call, item, GROUP: gl.constexpr):
+def begin_item(call, shared, item):
     """What each row sees, how many tiles all rows see whole, and the state before the first tile."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.HEAD, 16])
-    first_row = item.row0 + GROUP * call.ROWS
+    first_row = item.row0 + shared.group * call.ROWS
     rows = first_row + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
     whole = item.visible_columns(call, first_row) // call.COLUMNS
     acc = gl.full([call.ROWS, call.HEAD], 0.0, gl.float32, ACC)
@@ -120,47 +120,43 @@ def begin_item(call, item, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def use_last_tile(call, shared, item, visible, scores, m, reference, sums, acc, kept, cleaned, tile, tiles,
-                  GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+def use_last_tile(call, shared, item, visible, scores, m, reference, sums, acc, kept, tile, tiles,
+                  DTYPE: gl.constexpr):  # fmt: skip
     """The last of the `tiles` that this warpgroup computes: something of it may be hidden.
 
     Full attention asks whether anything is, because mostly nothing is: a mask has a quarter of a tile's instructions.
-
-    If it is the item's last, V beyond `kv_lengths` is zeroed.
     """
-    ASKS: gl.constexpr = not call.CAUSAL and call.ROWS == 64
+    ASKS: gl.constexpr = not call.CAUSAL
     hidden = any_row_of_warp(visible < tiles * call.COLUMNS) if ASKS else 1
     if hidden > 0:
         scores = hide_columns(scores, (tiles - 1) * call.COLUMNS, visible, call.COLUMNS)
     maxima = partial_maxima(scores) * call.scale_log2
-    keep = decide(call, shared, item, maxima, m, tile, GROUP)
-    if tiles == item.tiles:
-        cleaned = clean_values(call, shared, item, tile, cleaned, GROUP)
+    keep = decide(call, shared, item, maxima, m, tile)
     m, reference, sums, acc, kept = use_tile(
         call, shared, scores, call.scale_log2, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
     )
     arrive_warp(shared, value_free(call, tile))
-    return reference, sums, acc, kept, cleaned
+    return reference, sums, acc, kept
 
 
 @gluon.jit
-def end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE: gl.constexpr, GROUP: gl.constexpr):
+def end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE: gl.constexpr):
     item = read_item(call, shared, sequence)
-    store_output(call, shared, item, sequence, acc, reference, sums, DTYPE, GROUP)
-    count_kept(call, item, kept, GROUP)
+    store_output(call, shared, item, sequence, acc, reference, sums, DTYPE)
+    count_kept(call, shared, item, kept)
     release_item(call, shared, sequence)
 
 
 @gluon.jit
 def _step(call, shared, item, queries, scores, m, reference, sums, acc, kept, base, visible, j, MASKED: gl.constexpr,
-          GROUP: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+          DTYPE: gl.constexpr):  # fmt: skip
     """Tile j, with the scores of tile j + 1 computed meanwhile."""
     tile = at_tile(call, base + j)
     token = start_scores(call, shared, queries, next_tile(call, tile))
     if MASKED:
         scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
     maxima = partial_maxima(scores) * call.scale_log2
-    keep = decide(call, shared, item, maxima, m, tile, GROUP)
+    keep = decide(call, shared, item, maxima, m, tile)
     m, reference, sums, acc, kept = use_tile(
         call, shared, scores, call.scale_log2, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
     )
@@ -170,41 +166,40 @@ def _step(call, shared, item, queries, scores, m, reference, sums, acc, kept, ba
 
 
 @gluon.jit
-def consume_skip(call, shared, GROUP: gl.constexpr, DTYPE: gl.constexpr):
+def consume_skip(call, shared, DTYPE: gl.constexpr):
     """One consumer warpgroup: its rows of every item."""
     sequence = 0
     base = 0
-    cleaned = 0
     while receive_item(call, shared, sequence) != 0:
         item = read_item(call, shared, sequence)
-        visible, whole, m, sums, acc = begin_item(call, item, GROUP)
+        visible, whole, m, sums, acc = begin_item(call, shared, item)
         reference = m
         kept = 0
         whole = gl.minimum(whole, item.tiles - 1)  # the last tile has its own step
-        queries = receive_queries(call, shared, sequence, GROUP)
+        queries = receive_queries(call, shared, sequence)
         first = at_tile(call, base)
         scores = finish_scores(call, shared, start_scores(call, shared, queries, first), first)
-        item_begun(call, shared, sequence, GROUP)
+        item_begun(call, shared, sequence)
         for pair in range(whole // 2):
             odd, m, reference, sums, acc, kept = _step(
                 call, shared, item, queries, scores, m, reference, sums, acc, kept, base, visible, 2 * pair, False,
-                GROUP, DTYPE,
+                DTYPE,
             )  # fmt: skip
             scores, m, reference, sums, acc, kept = _step(
                 call, shared, item, queries, odd, m, reference, sums, acc, kept, base, visible, 2 * pair + 1, False,
-                GROUP, DTYPE,
+                DTYPE,
             )  # fmt: skip
         for j in range(whole // 2 * 2, item.tiles - 1):
             scores, m, reference, sums, acc, kept = _step(
                 call, shared, item, queries, scores, m, reference, sums, acc, kept, base, visible, j, True,
-                GROUP, DTYPE,
+                DTYPE,
             )  # fmt: skip
 
-        last_scores_done(call, shared, sequence, GROUP)
+        last_scores_done(call, shared, sequence)
         last = at_tile(call, base + item.tiles - 1)
-        reference, sums, acc, kept, cleaned = use_last_tile(
-            call, shared, item, visible, scores, m, reference, sums, acc, kept, cleaned, last, item.tiles, GROUP, DTYPE
+        reference, sums, acc, kept = use_last_tile(
+            call, shared, item, visible, scores, m, reference, sums, acc, kept, last, item.tiles, DTYPE
         )
-        end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE, GROUP)
+        end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE)
         base += item.tiles
         sequence += 1

@@ -16,12 +16,8 @@ from hopper_common import (
     NEVER_VOTES,
     TILE_COLUMNS,
     UNSEEN,
-    ring_phase,
-    ring_slot,
 )
 from hopper_queries import output_buffer, output_sent
-from hopper_rings import value_full, value_phase, value_slot
-from hopper_shared import arrive_warp, await_phase, cell
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
@@ -181,43 +177,10 @@ def first_maximum(call, item, rows):
 
 
 @gluon.jit
-def needs_cleaning(call, item):
-    """Whether the item's last tile has keys beyond `kv_lengths`."""
-    end = item.kv_end - (item.first + item.tiles - 1) * call.COLUMNS
-    return (end < call.COLUMNS) & (item.kv_end < call.seq_k)
-
-
-@gluon.jit
-def clean_values(call, shared, item, tile, cleaned, GROUP: gl.constexpr):
-    """Zeroes V of keys beyond kv_lengths in `tile`, the item's last: they may hold NaN, and 0 * NaN is NaN.
-
-    The first warpgroup does it, the others wait. It may be an item ahead of them (items of one tile), hence two
-    barriers in turn. Returns the number of cleanings so far, from which barrier and phase follow.
-    """
-    if needs_cleaning(call, item):
-        if GROUP == 0:
-            end = item.kv_end - (item.first + item.tiles - 1) * call.COLUMNS
-            await_phase(shared, value_full(call, tile), value_phase(call, tile))
-            CHUNK: gl.constexpr = 16
-            LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-            rows = gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT))
-            for c in gl.static_range(call.COLUMNS // CHUNK):
-                if c * CHUNK + CHUNK > end:
-                    part = shared.v.index(value_slot(call, tile)).slice(c * CHUNK, CHUNK, dim=0)
-                    value = part.load(LAYOUT)
-                    part.store(gl.where((c * CHUNK + rows < end)[:, None], value, 0.0))
-            fence_async_shared()
-            arrive_warp(shared, cell(call, "v_clean", ring_slot(cleaned, 2)))
-        await_phase(shared, cell(call, "v_clean", ring_slot(cleaned, 2)), ring_phase(cleaned, 2))
-        cleaned += 1
-    return cleaned
-
-
-@gluon.jit
-def store_output(call, shared, item, sequence, acc, reference, sums, DTYPE: gl.constexpr, GROUP: gl.constexpr):
+def store_output(call, shared, item, sequence, acc, reference, sums, DTYPE: gl.constexpr):
     """Normalises and writes the warpgroup's rows; the copy engine clips what lies beyond the tensor."""
     ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    rows = item.row0 + GROUP * call.ROWS + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
+    rows = item.row0 + shared.group * call.ROWS + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
     total = gl.convert_layout(gl.sum(sums, 1), rows.type.layout)
     if call.has(HAS_LSE):
         value = gl.where(total > 0, (reference + gl.log2(total)) * 0.6931471805599453, float("-inf"))
@@ -235,14 +198,14 @@ def store_output(call, shared, item, sequence, acc, reference, sums, DTYPE: gl.c
     if empty > 0:  # a row without weight is zero whatever a NaN in V made of its sum
         acc = gl.where(weight == 0.0, 0.0, acc)
     out = acc.to(DTYPE)
-    stage = output_buffer(call, shared, sequence, GROUP)
+    stage = output_buffer(call, shared, sequence)
     stage.store(out)
     fence_async_shared()
-    first = item.row0 + GROUP * call.ROWS
+    first = item.row0 + shared.group * call.ROWS
     if call.CAUSAL:  # below 0 the copy engine traps; beyond the end it writes nothing
         first = gl.where(first < 0, call.seq_q, first)
     tma.async_store(call.o, [item.batch, item.head, first, 0], stage)
-    output_sent(call, shared, sequence, GROUP)
+    output_sent(call, shared, sequence)
 
 
 @gluon.jit
@@ -256,30 +219,32 @@ def tiles_seen(call, item, first, rows):
 
 
 @gluon.jit
-def existing_tiles(call, item, GROUP: gl.constexpr):
+def existing_tiles(call, shared, item):
     """Tiles of the decision that begins with this warpgroup's rows; 0 where none begins there."""
-    first = item.row0 + GROUP * call.ROWS
+    first = item.row0 + shared.group * call.ROWS
     rows = gl.where(call.has(COUNTS_128_ROWS), 128, 64)
     return gl.where(first % rows == 0, tiles_seen(call, item, first, rows), 0)
 
 
 @gluon.jit
-def add_counts(call, item, skipped, exist, GROUP: gl.constexpr):
-    write = (exist > 0) & ((not call.JOINT) or GROUP == 0)
+def add_counts(call, shared, item, skipped, exist):
+    write = exist > 0
+    if call.JOINT:
+        write = write & (shared.group == 0)
     gl.atomic_add(call.counts + item.head * 2, skipped, mask=write, sem="relaxed")
     gl.atomic_add(call.counts + item.head * 2 + 1, exist, mask=write, sem="relaxed")
 
 
 @gluon.jit
-def count_kept(call, item, kept, GROUP: gl.constexpr):
+def count_kept(call, shared, item, kept):
     """Adds an item's tiles to the counts, if they are asked for."""
     if call.has(HAS_COUNTS):
-        exist = existing_tiles(call, item, GROUP)
-        add_counts(call, item, exist - kept, exist, GROUP)
+        exist = existing_tiles(call, shared, item)
+        add_counts(call, shared, item, exist - kept, exist)
 
 
 @gluon.jit
-def count_all(call, item, GROUP: gl.constexpr):
+def count_all(call, shared, item):
     """The same where no tile is skipped."""
     if call.has(HAS_COUNTS):
-        add_counts(call, item, 0, existing_tiles(call, item, GROUP), GROUP)
+        add_counts(call, shared, item, 0, existing_tiles(call, shared, item))

@@ -11,21 +11,22 @@ VOTE_BARRIER = gl.constexpr(8)  # first named barrier of the votes, above those 
 
 
 @gluon.constexpr_function
-def _vote_asm(rows, barrier):
-    return any_asm(rows, f"barrier.cta.red.or.pred wanted, {barrier}, 128, wanted;")
+def _vote_asm(rows):
+    return any_asm(rows, f"barrier.cta.red.or.pred wanted, ${1 + rows // 32}, 128, wanted;")
 
 
 @gluon.jit
-def any_row(wants, GROUP: gl.constexpr):
+def any_row(shared, wants):
     """1 if `wants` (a bool a thread and 32 rows) holds anywhere in this warpgroup, else 0: one barrier with a vote."""
-    ASM: gl.constexpr = _vote_asm(wants.shape[0], VOTE_BARRIER + GROUP)
-    return gl.inline_asm(ASM, ("=r", "r"), [wants.to(gl.int32)], gl.int32, is_pure=False)
+    ASM: gl.constexpr = _vote_asm(wants.shape[0])
+    barrier = VOTE_BARRIER + shared.group
+    return gl.inline_asm(ASM, ("=r", "r", "r"), [wants.to(gl.int32), barrier], gl.int32, is_pure=False)
 
 
 @gluon.jit
-def post_vote(call, shared, vote, tile, GROUP: gl.constexpr):
+def post_vote(call, shared, vote, tile):
     """Publishes this warpgroup's vote on a tile, for the other one and for the producer of V."""
-    place = GROUP * DRIFT + tile_place(call, tile)
+    place = shared.group * DRIFT + tile_place(call, tile)
     gl.inline_asm(
         "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %tid.x; and.b32 lane, lane, 127;"
         " setp.eq.u32 first, lane, 0; @first st.shared.b32 [$0], $1;"
@@ -36,7 +37,7 @@ def post_vote(call, shared, vote, tile, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def joint_vote(call, shared, own, tile, GROUP: gl.constexpr):
+def joint_vote(call, shared, own, tile):
     """Joins the posted votes of two warpgroups that share a row block, so that it is kept if either wants it.
 
     Where the own vote says keep, nothing is waited for: the warpgroups fall into step only at tiles that are about to
@@ -44,24 +45,24 @@ def joint_vote(call, shared, own, tile, GROUP: gl.constexpr):
     """
     keep = own
     if own == 0:
-        other = (1 - GROUP) * DRIFT + tile_place(call, tile)
+        other = (1 - shared.group) * DRIFT + tile_place(call, tile)
         await_phase(shared, cell(call, "voted", other), tile_phase(call, tile))
         keep = read_word(shared, cell(call, "votes", other))
     return keep
 
 
 @gluon.jit
-def decide(call, shared, item, maxima, m, tile, GROUP: gl.constexpr):
+def decide(call, shared, item, maxima, m, tile):
     """1 if the tile is kept.
 
     Some column of a row reaches the threshold if and only if some thread's share of the row does, so the vote needs
     `partial_maxima` only: what threads exchange for the row's maximum is not waited for.
     """
-    keep = any_row(maxima - for_shares(m, maxima) >= item.log2_threshold, GROUP)
+    keep = any_row(shared, maxima - for_shares(m, maxima) >= item.log2_threshold)
     if call.JOINT or call.ON_DEMAND:
-        post_vote(call, shared, keep, tile, GROUP)
+        post_vote(call, shared, keep, tile)
     if call.JOINT:
-        keep = joint_vote(call, shared, keep, tile, GROUP)
+        keep = joint_vote(call, shared, keep, tile)
     return keep
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 DTYPES = ("fp16", "bf16")
 HEADS = (64, 128, 256)
 ACCEPTED_SPILLS = {
-    ("dense", 64): 160, ("skip", 64): 32, ("wide", 64): 160, ("general", 64): 2560,
-    ("dense", 128): 32, ("skip", 128): 128, ("wide", 128): 192, ("general", 128): 3328,
-    ("dense", 256): 64, ("skip", 256): 128, ("general", 256): 8192,
+    ("dense", 64): 32, ("skip", 64): 0, ("wide", 64): 16, ("general", 64): 1024,
+    ("dense", 128): 0, ("skip", 128): 0, ("wide", 128): 32, ("general", 128): 1408,
+    ("dense", 256): 0, ("skip", 256): 32, ("general", 256): 3072,
 }  # fmt: skip
 """Bytes a thread may spill, by role and head size; what the build last reported and a little more."""
 
@@ -40,6 +40,7 @@ class Specialisation:
         spills: bytes of spilled registers that are accepted; more fails the build.
         speculative: the dense schedule takes exponentials before it checks their reference.
         on_demand: while few tiles are kept, V is loaded only once a tile is.
+        shares_code: all consumers run one copy of the code (join_consumers.py).
     """
 
     dtype: str
@@ -58,6 +59,7 @@ class Specialisation:
     spills: int
     speculative: bool
     on_demand: bool
+    shares_code: bool
 
     @property
     def rows(self) -> int:
@@ -103,6 +105,7 @@ def _specialise(dtype: str, head: int, role: str, causal: bool, joint: bool) -> 
         dtype, head, schedule, causal, joint, groups, group_rows, columns, queries, keys, values,
         alternate=head == 128 and role in ("dense", "wide"), registers=registers, spills=ACCEPTED_SPILLS[role, head],
         speculative=head <= 128, on_demand=role in ("skip", "wide") and head == 128,
+        shares_code=not (role == "wide" and joint),
     )  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def wait(barrier: Barrier, parity: Any) -> None:
     MACHINE[0].wait_until(lambda: barrier.done(parity))
 
 
-def named_barrier(what: str, number: str) -> None:
+def named_barrier(what: str, number: int) -> None:
     barrier = MACHINE[0].named.setdefault((MACHINE[0].local.program, number), NamedBarrier())
     generation = barrier.arrive()
     if what == "sync":
@@ -74,10 +74,17 @@ def named_barrier(what: str, number: str) -> None:
 def inline_asm(asm: str, constraints: Any, args: list[Any], result_types: Any, is_pure: bool) -> Any:
     """The pieces of PTX the kernels contain: addresses, votes, arrivals, and words of shared memory."""
     if asm == "mov.b32 $0, $1;":
-        return tile(args[0].address)
+        return tile(args[0].address) if isinstance(args[0], Cells) else args[0]
     if "shl.b32 bytes, $1, 3; add.s32 $0, bytes, $2;" in asm:
         return tile(int(args[0]) * 8 + int(args[1]))
     assert not is_pure
+    if "%tid.x; shr.u32 group, group, 7;" in asm:
+        return tile(MACHINE[0].local.role)
+    if asm == "wgmma.wait_group.sync.aligned 0;":  # said to ptxas alone: there is nothing left to wait for
+        return None
+    if "st.shared.v4.b32" in asm:
+        args[0].memory[int(args[1]) :] = 0
+        return None
     if "red.or.pred" in asm or "vote.sync.any" in asm:  # the one thread here stands for all 128, of all warps
         return tile(int(bool((args[0] != 0).any())))
     if "redux.sync" in asm:
@@ -88,8 +95,8 @@ def inline_asm(asm: str, constraints: Any, args: list[Any], result_types: Any, i
         return tile(int(_barrier(args[0]).done(int(args[1]))))
     if "mbarrier.try_wait" in asm:
         return None if len(args) > 2 and args[2] else wait(_barrier(args[0]), args[1])
-    if found := re.match(r"barrier\.cta\.(sync|arrive) (\d+), 256;", asm):
-        return named_barrier(*found.groups())
+    if found := re.match(r"barrier\.cta\.(sync|arrive) \$0, 256;", asm):
+        return named_barrier(found[1], int(args[0]))
     kinds = result_types if isinstance(result_types, tuple) else (result_types,)  # () where there is no result
     results: list[Any] = [None] * len(kinds)
 

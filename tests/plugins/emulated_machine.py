@@ -72,7 +72,7 @@ class Machine:
         self.random = random.Random(seed)
         self.copies: list[Callable[[], None]] = []
         self.local = threading.local()
-        self.named: dict[tuple[int, str], NamedBarrier] = {}  # by program and number
+        self.named: dict[tuple[int, int], NamedBarrier] = {}  # by program and number
         self.cells: list[Any] = []  # arrays of small shared memory, whose addresses are numbers
         self._blocked: dict[int, Callable[[], bool] | None] = {}
         self._batons: dict[int, threading.Semaphore] = {}

@@ -206,7 +206,7 @@ class Emulation:
                     spec.queries, spec.key_stages, spec.value_stages, spec.alternate, spec.schedule, spec.causal,
                     spec.joins_votes, spec.speculative, spec.on_demand, spec.registers,
                 )  # fmt: skip
-                roles += [_on_program(machine, program, *role) for role in machine.local.roles]
+                roles += [_on_program(machine, program, n, *role) for n, role in enumerate(machine.local.roles)]
             machine.run(roles)
 
 
@@ -223,9 +223,9 @@ def work_items(spec: Any, scalars: dict[str, torch.Tensor]) -> list[tuple[int, i
     return [(int(head), int(row), int(tiles)) for head, row, tiles in zip(*parts, strict=True)]
 
 
-def _on_program(machine: Machine, program: int, warps: int, role: Any) -> Any:
+def _on_program(machine: Machine, program: int, number: int, warps: int, role: Any) -> Any:
     def run() -> None:
-        machine.local.program, machine.local.warps = program, warps
+        machine.local.program, machine.local.role, machine.local.warps = program, number, warps
         role()
 
     return run

@@ -106,13 +106,24 @@ def test_the_rows_of_a_work_item_follow_the_size_of_the_call(
     assert emulation.kernels_of(call)[0].split("_")[3] == expected
 
 
-@pytest.mark.parametrize(("size", "expected"), [(64, "wide"), (128, "skip")])
-def test_causal_calls_may_have_more_empty_rows_at_heads_of_64(emulation: Emulation, size: int, expected: str) -> None:
-    """An eighth: the six blocks of 192 of 1024 rows. In full attention a twentieth, for either size."""
-    memory = torch.empty(8 * 5024 + size, dtype=torch.float16)
-    q = memory.as_strided((1, 4000, 1024, size), (8, 8, 8, 1))  # nothing is executed
-    for causal, role in ((True, expected), (False, "skip")):
-        call = native.pack(q, q, q, q, is_causal=causal, threshold=THRESHOLD, br=64)
+@pytest.mark.parametrize(
+    ("rows", "size", "br", "causal", "full"),
+    [
+        (1024, 64, 64, "wide", "wide"),  # six blocks of 192 rows are an eighth more than eight of 128
+        (1024, 128, 64, "skip", "wide"),
+        (600, 64, 64, "skip", "wide"),  # four of 192, a fifth more than five of 128
+        (256, 64, 64, "skip", "skip"),  # two of either
+        (1152, 64, 128, "skip", "skip"),  # five of 256, a ninth more than nine of 128
+    ],
+)
+def test_how_many_rows_may_be_empty(
+    emulation: Emulation, rows: int, size: int, br: int, causal: str, full: str
+) -> None:
+    """A quarter in full attention, an eighth in causal calls with heads of 64, else a twentieth."""
+    memory = torch.empty(8 * (4000 + rows) + size, dtype=torch.float16)
+    q = memory.as_strided((1, 4000, rows, size), (8, 8, 8, 1))  # nothing is executed
+    for is_causal, role in ((True, causal), (False, full)):
+        call = native.pack(q, q, q, q, is_causal=is_causal, threshold=THRESHOLD, br=br)
         assert emulation.kernels_of(call)[0].split("_")[3] == role
 
 
