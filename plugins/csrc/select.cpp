@@ -176,15 +176,14 @@ std::int64_t rowsInTurn(bsa_params const& p, std::int64_t rows)
 }
 
 // A skipping kernel: of two, the one with the larger work items unless they waste more than what they are faster by, as
-// measured: a quarter in full attention, an eighth in causal calls with heads of 64, else a twentieth.
+// measured: a quarter in full attention, an eighth in causal, a twentieth where 128 rows decide.
 Kernel const* chooseRows(bsa_params const& p, Wanted const& wanted)
 {
     Wanted few = wanted;
     few.maxRows = kSMALL_ROWS;
     Kernel const* const small = find(few);
     Kernel const* const large = find(wanted);
-    bool const joint = decidesJointly(p);
-    int const parts = joint ? 20 : p.is_causal == 0 ? 4 : paddedHead(p) == 64 ? 8 : 20;
+    int const parts = decidesJointly(p) ? 20 : p.is_causal != 0 ? 8 : 4;
     bool const wasteful
         = small != nullptr && rowsInTurn(p, large->rows) * parts > rowsInTurn(p, small->rows) * (parts + 1);
     return wasteful ? small : large;

@@ -81,8 +81,8 @@ def consume_plain(call, shared, DTYPE: gl.constexpr):
 
 @gluon.jit
 def _wide_step(call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, j,
-               MASKED: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
-    """Tile j. `keys`: its K is known to have arrived; returned for the next tile.
+               MASKED: gl.constexpr, COLUMNS: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+    """Tile j, or so many of its first columns. `keys`: its K is known to have arrived; returned for the next tile.
 
     Each question to a barrier takes longer than a branch on its answer, so they are asked while the warp waits anyhow:
     for V of this tile and K of the next one under the product with K. Whether the reference is outgrown is found out
@@ -90,7 +90,7 @@ def _wide_step(call, shared, item, queries, keys, tile, m, reference, sums, acc,
     """
     tile = Tile(base + j, tile.slot, tile.place, tile.phase)  # the loop's counter: no number to carry
     await_unless(shared, keys, key_full(call, tile), key_phase(call, tile))
-    token = issue_scores(call, shared, queries, tile)
+    token = issue_scores(call, shared, queries, tile, COLUMNS)
     if call.HEAD == 128:  # else ptxas puts what follows between the eight products; at 64, with four, 1 % slower
         end_block(tile.number)
     following = next_tile(call, tile)
@@ -98,7 +98,7 @@ def _wide_step(call, shared, item, queries, keys, tile, m, reference, sums, acc,
     keys = phase_over(shared, key_full(call, following), key_phase(call, following))
     scores = finish_scores(call, shared, token, tile)
     if MASKED:
-        scores = hide_columns(scores, j * call.COLUMNS, visible, call.COLUMNS)
+        scores = hide_columns(scores, j * call.COLUMNS, visible, COLUMNS)
     maxima = partial_maxima(scores) * call.scale_log2
     keep = decide(call, shared, item, maxima, m, tile)
     rises = outgrows(maxima, reference)
@@ -129,6 +129,20 @@ def _pass_tiles(call, shared, item, base, first):
 
 
 @gluon.jit
+def _half_seen(call, shared, item, whole, tiles):
+    """1 if no row of this warpgroup sees more than half of its last tile, as every second causal block of 64 rows.
+
+    Then that half is all that is computed: the other adds zeros, so no bit changes.
+    """
+    if call.CAUSAL and call.ROWS == 64:
+        last_row = gl.minimum(item.row0 + (shared.group + 1) * call.ROWS, item.q_end) - 1
+        end = (tiles - 1) * call.COLUMNS + call.COLUMNS // 2
+        return uniform(((item.visible_columns(call, last_row) <= end) & (tiles > whole)).to(gl.int32))
+    else:
+        return 0
+
+
+@gluon.jit
 def consume_wide(call, shared, DTYPE: gl.constexpr):
     """Tiles that are seen whole, those of which something is hidden, and those that this warpgroup does not need.
 
@@ -153,11 +167,19 @@ def consume_wide(call, shared, DTYPE: gl.constexpr):
         item_begun(call, shared, sequence)
         for j in range(whole):
             keys, tile, m, reference, sums, acc, kept = _wide_step(
-                call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, j, False, DTYPE,
+                call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, j, False,
+                call.COLUMNS, DTYPE,
             )  # fmt: skip
-        for j in range(whole, tiles):
+        half = _half_seen(call, shared, item, whole, tiles)
+        for j in range(whole, tiles - half):
             keys, tile, m, reference, sums, acc, kept = _wide_step(
-                call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, j, True, DTYPE,
+                call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, j, True,
+                call.COLUMNS, DTYPE,
+            )  # fmt: skip
+        if half > 0:
+            keys, tile, m, reference, sums, acc, kept = _wide_step(
+                call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, tiles - 1, True,
+                call.COLUMNS // 2, DTYPE,
             )  # fmt: skip
         converged()
         last_scores_done(call, shared, sequence)

@@ -47,14 +47,16 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 def start_scores(call, shared, queries, tile):
     """Issues Q K^T of a tile."""
     await_phase(shared, key_full(call, tile), key_phase(call, tile))
-    return issue_scores(call, shared, queries, tile)
+    return issue_scores(call, shared, queries, tile, call.COLUMNS)
 
 
 @gluon.jit
-def issue_scores(call, shared, queries, tile):
-    """The same for K that has arrived."""
-    zeros = gl.full([call.ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS))
+def issue_scores(call, shared, queries, tile, COLUMNS: gl.constexpr):
+    """The same for K that has arrived, and so many of its columns."""
+    zeros = gl.full([call.ROWS, COLUMNS], 0.0, gl.float32, scores_layout(COLUMNS))
     k = shared.k.index(tile.slot)
+    if COLUMNS < call.COLUMNS:
+        k = k.slice(0, COLUMNS, dim=0)
     queries = queries_again(call, shared, queries)
     return warpgroup_mma(queries, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
 
@@ -91,20 +93,27 @@ def add_tile(call, shared, scores, scale, maxima, rises, m, reference, sums, acc
         reference = following
     shift = finite(call, reference)
     QUARTER: gl.constexpr = call.COLUMNS // 4
-    low, high = halves(scores, scores_layout(2 * QUARTER))
+    WHOLE: gl.constexpr = scores.shape[1] == call.COLUMNS  # or half of the tile
+    if WHOLE:
+        low, high = halves(scores, scores_layout(2 * QUARTER))
+        c, d = halves(high, scores_layout(QUARTER))
+    else:
+        low = scores
     a, b = halves(low, scores_layout(QUARTER))
-    c, d = halves(high, scores_layout(QUARTER))
     values = shared.v.index(slot)
     p, sums_a = soften(call, a, scale, shift, acc, DTYPE)
     token = warpgroup_mma(p, values.slice(0, QUARTER, dim=0), acc, is_async=True)
     p, sums_b = soften(call, b, scale, shift, acc, DTYPE)
     token = warpgroup_mma(p, values.slice(QUARTER, QUARTER, dim=0), token, is_async=True)
-    p, sums_c = soften(call, c, scale, shift, acc, DTYPE)
-    token = warpgroup_mma(p, values.slice(2 * QUARTER, QUARTER, dim=0), token, is_async=True)
-    p, sums_d = soften(call, d, scale, shift, acc, DTYPE)
-    token = warpgroup_mma(p, values.slice(3 * QUARTER, QUARTER, dim=0), token, is_async=True)
+    total = sums_a + sums_b
+    if WHOLE:
+        p, sums_c = soften(call, c, scale, shift, acc, DTYPE)
+        token = warpgroup_mma(p, values.slice(2 * QUARTER, QUARTER, dim=0), token, is_async=True)
+        p, sums_d = soften(call, d, scale, shift, acc, DTYPE)
+        token = warpgroup_mma(p, values.slice(3 * QUARTER, QUARTER, dim=0), token, is_async=True)
+        total += sums_c + sums_d
     m = raised(m, maxima)  # only now: what threads exchange for it travels under the products
-    sums += (sums_a + sums_b) + (sums_c + sums_d)
+    sums += total
     return m, reference, sums, warpgroup_mma_wait(0, deps=(token,))
 
 

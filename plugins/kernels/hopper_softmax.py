@@ -161,6 +161,7 @@ def hide_columns(scores, column0, visible, COLUMNS: gl.constexpr):
     side, every comparison is with a constant.
     """
     columns = gl.arange(0, COLUMNS, gl.SliceLayout(0, scores_layout(COLUMNS)))
+    visible = gl.convert_layout(visible, rows_layout(COLUMNS))
     limit = (visible - column0)[:, None] - (columns & 6)[None, :]
     return gl.where((columns & ~6)[None, :] < limit, scores, float("-inf"))
 

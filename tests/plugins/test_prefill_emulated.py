@@ -110,7 +110,7 @@ def test_the_rows_of_a_work_item_follow_the_size_of_the_call(
     ("rows", "size", "br", "causal", "full"),
     [
         (1024, 64, 64, "wide", "wide"),  # six blocks of 192 rows are an eighth more than eight of 128
-        (1024, 128, 64, "skip", "wide"),
+        (1024, 128, 64, "wide", "wide"),
         (600, 64, 64, "skip", "wide"),  # four of 192, a fifth more than five of 128
         (256, 64, 64, "skip", "skip"),  # two of either
         (1152, 64, 128, "skip", "skip"),  # five of 256, a ninth more than nine of 128
@@ -119,7 +119,7 @@ def test_the_rows_of_a_work_item_follow_the_size_of_the_call(
 def test_how_many_rows_may_be_empty(
     emulation: Emulation, rows: int, size: int, br: int, causal: str, full: str
 ) -> None:
-    """A quarter in full attention, an eighth in causal calls with heads of 64, else a twentieth."""
+    """A quarter in full attention, an eighth in causal, a twentieth where 128 rows decide."""
     memory = torch.empty(8 * (4000 + rows) + size, dtype=torch.float16)
     q = memory.as_strided((1, 4000, rows, size), (8, 8, 8, 1))  # nothing is executed
     for is_causal, role in ((True, causal), (False, full)):
