@@ -32,7 +32,7 @@ sys.path.insert(0, str(HERE / "kernels"))
 import decode_specifications  # noqa: E402
 import prefill_specifications  # noqa: E402
 import specifications  # noqa: E402
-from join_consumers import join  # noqa: E402
+from join_consumers import JoinError, join  # noqa: E402
 from plain_kernel import ARCHITECTURES, SHARED_BYTES, PlainKernel  # noqa: E402
 from specifications import Specialisation  # noqa: E402
 
@@ -173,10 +173,14 @@ def compile_kernel(spec: Specialisation | PlainKernel, output: Path) -> dict[str
     """Compiles one specialisation to `output/<name>.cubin` and returns its line of the manifest.
 
     Raises:
-        BuildError: too many spilled bytes, too much shared memory, or serialised tensor-core instructions.
+        BuildError: too many spilled bytes, too much shared memory, serialised tensor-core instructions, or code of
+            consumers that cannot be joined.
     """
     source, architecture = _source(spec), architecture_of(spec)
-    kernel, text = _generate(source)
+    try:
+        kernel, text = _generate(source)
+    except JoinError as error:
+        raise BuildError(f"{spec.name}: the consumers' code cannot be joined: {error}") from error
     cubin = kernel.asm["cubin"]
     if source != spec:
         cubin, text = _assemble(kernel.asm["ptx"], architecture)

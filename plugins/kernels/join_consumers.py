@@ -57,11 +57,11 @@ def join(ptx: str) -> str:
 
 
 def _find_roles(ptx: str) -> _Roles:
-    start = ptx.index("// %bb.0:")
-    entry, _, branch = ptx[start : ptx.index("\n", ptx.index(" bra \t", start))].rpartition("\n")
+    start = _find(ptx, "// %bb.0:")
+    entry, _, branch = ptx[start : _find(ptx, "\n", _find(ptx, " bra \t", start))].rpartition("\n")
     before = entry + "\n" + _block(ptx, branch.split()[-1].rstrip(";"))
     labels = re.findall(r"^\t\t(\$\w+)[,;]$", ptx, re.MULTILINE)
-    places = {label: ptx.index(f"\n{label}:") + 1 for label in labels}
+    places = {label: _find(ptx, f"\n{label}:") + 1 for label in labels}
     consumers = [label for label in labels if re.match(r"[^\n]*\n\tsetmaxnreg\.inc", ptx[places[label] :])]
     if not consumers:
         raise JoinError("no role of the workers takes registers")
@@ -77,7 +77,7 @@ def _find_roles(ptx: str) -> _Roles:
 
 def _block(ptx: str, label: str) -> str:
     """The code from a label to the next."""
-    after = ptx[ptx.index(f"\n{label}:") + 1 :]
+    after = ptx[_find(ptx, f"\n{label}:") + 1 :]
     following = LABEL.search(after, 1)
     return after[: following.start() if following else len(after)]
 
@@ -174,7 +174,13 @@ def _only(pattern: str, text: str) -> str:
     return str(found.pop())
 
 
+def _find(text: str, what: str, start: int = 0) -> int:
+    place = text.find(what, start)
+    if place < 0:
+        raise JoinError(f"no {what!r}")
+    return place
+
+
 def _replace(text: str, old: str, new: str) -> str:
-    if old not in text:
-        raise JoinError(f"no {old!r}")
-    return text.replace(old, new, 1)
+    place = _find(text, old)
+    return text[:place] + new + text[place + len(old) :]

@@ -123,6 +123,7 @@ def test_all_consumers_run_the_code_of_the_first_worker(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
+        ("// %bb.0:", "// %entry:", "no '// %bb.0:'"),
         ("setmaxnreg.inc.sync.aligned.u32 \t160", "setmaxnreg.dec.sync.aligned.u32 \t160", "takes registers"),
         ("bra.uni \t$L__BB0_3;\n$L__BB0_6", "bra.uni \t$L__BB0_9;\n$L__BB0_6", "found"),
         ("@%p2 bra \t$L__BB0_10", "@%p2 bra \t$L__BB0_11", "goes on at"),
