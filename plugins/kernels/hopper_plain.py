@@ -132,8 +132,8 @@ def _pass_tiles(call, shared, item, base, first):
 def _half_seen(call, shared, item, whole, tiles):
     """1 if no row of this warpgroup sees more than half of its last tile, as every second causal block of 64 rows.
 
-    Then that half is all that is computed: the other adds zeros, so no bit changes. But NaN or Inf in V of keys that none
-    of these rows sees does not reach them, where 0 * NaN of a whole kept tile would.
+    Then that half is all that is computed: the other adds zeros, so no bit changes. But NaN or Inf in V of keys that
+    none of these rows sees does not reach them, where 0 * NaN of a whole kept tile would.
     """
     if call.CAUSAL and call.ROWS == 64:
         last_row = gl.minimum(item.row0 + (shared.group + 1) * call.ROWS, item.q_end) - 1
