@@ -70,8 +70,8 @@ def _signature(spec: Specialisation, gl: Any) -> tuple[dict[str, str], dict[str,
         "DTYPE": gl.float16 if spec.dtype == "fp16" else gl.bfloat16, "HEAD": spec.head, "GROUPS": spec.groups,
         "ROWS": spec.group_rows, "COLUMNS": spec.columns, "QUERIES": spec.queries, "K_STAGES": spec.key_stages,
         "V_STAGES": spec.value_stages, "ALTERNATE": spec.alternate, "SCHEDULE": spec.schedule, "CAUSAL": spec.causal,
-        "JOINT": spec.joins_votes, "SPECULATIVE": spec.speculative, "ON_DEMAND": spec.on_demand,
-        "CONSUMER_REGISTERS": spec.registers,
+        "JOINT": spec.joins_votes, "SPECULATIVE": spec.speculative, "ONES": spec.ones, "PIECES": spec.pieces,
+        "ON_DEMAND": spec.on_demand, "CONSUMER_REGISTERS": spec.registers,
     }  # fmt: skip
     signature.update(dict.fromkeys(constants, "constexpr"))
     return signature, constants
@@ -169,18 +169,39 @@ def _assemble(ptx: str, architecture: str) -> tuple[bytes, str]:
         return target.read_bytes(), done.stderr
 
 
+def ones_lie_behind(ptx: str) -> bool:
+    """Whether the ones lie behind V in shared memory, wherever their distance is computed (kernels/hopper_product.py).
+
+    Triton decides where they lie; a descriptor cannot hold a distance backwards.
+    """
+
+    def offset(register: str) -> int:
+        """In shared memory; of every constant that is added to its address."""
+        line = re.search(rf"\t(\w+)\.\w+ *\t{re.escape(register)}, ([%\w]+)(?:, (\d+))?;", ptx)
+        if not line:
+            raise BuildError(f"nothing says what {register} is")
+        if line[2] == "global_smem":
+            return 0
+        return offset(line[2]) + (int(line[3]) if line[1] == "add" else 0)
+
+    found = re.findall(r"sub\.s32 away, (%\w+), (%\w+);", ptx)
+    return bool(found) and all(offset(ones) > offset(values) for ones, values in found)
+
+
 def compile_kernel(spec: Specialisation | PlainKernel, output: Path) -> dict[str, Any]:
     """Compiles one specialisation to `output/<name>.cubin` and returns its line of the manifest.
 
     Raises:
-        BuildError: too many spilled bytes, too much shared memory, serialised tensor-core instructions, or code of
-            consumers that cannot be joined.
+        BuildError: too many spilled bytes, too much shared memory, serialised tensor-core instructions, code of
+            consumers that cannot be joined, or ones in front of V.
     """
     source, architecture = _source(spec), architecture_of(spec)
     try:
         kernel, text = _generate(source)
     except JoinError as error:
         raise BuildError(f"{spec.name}: the consumers' code cannot be joined: {error}") from error
+    if isinstance(spec, Specialisation) and spec.ones and not ones_lie_behind(kernel.asm["ptx"]):
+        raise BuildError(f"{spec.name}: the ones do not lie behind V in shared memory")
     cubin = kernel.asm["cubin"]
     if source != spec:
         cubin, text = _assemble(kernel.asm["ptx"], architecture)

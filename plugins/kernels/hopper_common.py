@@ -127,6 +127,8 @@ class Call:
     CAUSAL: gl.constexpr
     GENERAL: gl.constexpr  # window, softcap and bias are possible, and causality is asked for at run time
     JOINT: gl.constexpr  # two warpgroups of 64 rows decide together
+    ONES: gl.constexpr  # row sums come with the product with V, see hopper_product
+    PIECES: gl.constexpr  # in which P is then made and multiplied
     ON_DEMAND: gl.constexpr  # while few tiles are kept, V is loaded once a tile is
 
     @gluon.jit

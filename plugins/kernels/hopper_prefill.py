@@ -5,6 +5,7 @@ from hopper_dense import consume_dense
 from hopper_general import consume_general
 from hopper_plain import consume_plain, consume_wide
 from hopper_produce import produce_keys, produce_values
+from hopper_product import allocate_ones, values_word
 from hopper_queries import query_buffers
 from hopper_shared import cell_count, init_barriers, open_shared
 from hopper_skip import consume_skip
@@ -14,9 +15,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 
 @gluon.jit
-def _consume(call, queries, keys, values, cells, SCHEDULE: gl.constexpr, DTYPE: gl.constexpr,
+def _consume(call, queries, keys, values, ones, cells, SCHEDULE: gl.constexpr, DTYPE: gl.constexpr,
              SPECULATIVE: gl.constexpr):  # fmt: skip
-    shared = open_shared(queries, keys, values, cells)
+    shared = open_shared(queries, keys, values, cells, values_word(values, ones, call.ONES))
     if SCHEDULE == "dense":
         consume_dense(call, shared, DTYPE, SPECULATIVE)
     elif SCHEDULE == "skip":
@@ -32,7 +33,7 @@ def _consume(call, queries, keys, values, cells, SCHEDULE: gl.constexpr, DTYPE: 
 
 @gluon.jit
 def _produce(call, queries, keys, values, cells, KEYS: gl.constexpr):
-    shared = open_shared(queries, keys, values, cells)
+    shared = open_shared(queries, keys, values, cells, gl.to_tensor(0))
     if KEYS:
         produce_keys(call, shared)
     else:
@@ -59,7 +60,7 @@ def prefill(
     DTYPE: gl.constexpr, HEAD: gl.constexpr, GROUPS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
     QUERIES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, ALTERNATE: gl.constexpr,
     SCHEDULE: gl.constexpr, CAUSAL: gl.constexpr, JOINT: gl.constexpr, SPECULATIVE: gl.constexpr,
-    ON_DEMAND: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    ONES: gl.constexpr, PIECES: gl.constexpr, ON_DEMAND: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     call = Call(
         q, k, v, o, kv_lengths, q_start, q_lengths, threshold_scale, sinks, counts, lse, counter, given, heads_q, group,
@@ -67,7 +68,8 @@ def prefill(
         window, softcap_log2, softcap_rate, bias, bias_bool, bias_batch, bias_head, bias_row, bias_column,
         gl.constexpr(GROUPS), gl.constexpr(ROWS), gl.constexpr(COLUMNS), gl.constexpr(HEAD), gl.constexpr(QUERIES),
         gl.constexpr(K_STAGES), gl.constexpr(V_STAGES), gl.constexpr(ALTERNATE), gl.constexpr(CAUSAL),
-        gl.constexpr(SCHEDULE == "general"), gl.constexpr(JOINT), gl.constexpr(ON_DEMAND),
+        gl.constexpr(SCHEDULE == "general"), gl.constexpr(JOINT), gl.constexpr(ONES), gl.constexpr(PIECES),
+        gl.constexpr(ON_DEMAND),
     )  # fmt: skip
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     WARPS: gl.constexpr = 4 * GROUPS  # of consumers
@@ -75,6 +77,7 @@ def prefill(
     HOLDS_BACK: gl.constexpr = 0 if ALTERNATE else 1  # the producer of V
     keys, values = _tiles(DTYPE, HEAD, COLUMNS, K_STAGES, V_STAGES, ALTERNATE, LAYOUT)
     queries = gl.allocate_shared_memory(DTYPE, [query_buffers(QUERIES) * GROUPS, ROWS, HEAD], LAYOUT)
+    ones = allocate_ones(queries, DTYPE, LAYOUT, ONES)
     cells = mbarrier.allocate_mbarrier(batch=CELLS)
     init_barriers(call, cells, "k_full", 1)
     init_barriers(call, cells, "k_free", WARPS + HOLDS_BACK)
@@ -89,16 +92,16 @@ def prefill(
     fence_async_shared()
     if GROUPS == 2:
         gl.warp_specialize([
-            (_consume, (call, queries, keys, values, cells, SCHEDULE, DTYPE, SPECULATIVE)),
-            (_consume, (call, queries, keys, values, cells, SCHEDULE, DTYPE, SPECULATIVE)),
+            (_consume, (call, queries, keys, values, ones, cells, SCHEDULE, DTYPE, SPECULATIVE)),
+            (_consume, (call, queries, keys, values, ones, cells, SCHEDULE, DTYPE, SPECULATIVE)),
             (_produce, (call, queries, keys, values, cells, True)),
             (_produce, (call, queries, keys, values, cells, False)),
         ], [4, 1, 1], [CONSUMER_REGISTERS, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (call, queries, keys, values, cells, SCHEDULE, DTYPE, SPECULATIVE)),
-            (_consume, (call, queries, keys, values, cells, SCHEDULE, DTYPE, SPECULATIVE)),
-            (_consume, (call, queries, keys, values, cells, SCHEDULE, DTYPE, SPECULATIVE)),
+            (_consume, (call, queries, keys, values, ones, cells, SCHEDULE, DTYPE, SPECULATIVE)),
+            (_consume, (call, queries, keys, values, ones, cells, SCHEDULE, DTYPE, SPECULATIVE)),
+            (_consume, (call, queries, keys, values, ones, cells, SCHEDULE, DTYPE, SPECULATIVE)),
             (_produce, (call, queries, keys, values, cells, True)),
             (_produce, (call, queries, keys, values, cells, False)),
         ], [4, 4, 1, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, 24, 24])  # fmt: skip

@@ -74,6 +74,7 @@ class Shared:
     v: gl.shared_memory_descriptor
     cells: gl.shared_memory_descriptor
     base: gl.tensor  # their address
+    values_word: gl.tensor  # of a descriptor of V and the ones, see hopper_product
     group: gl.tensor  # number of this warpgroup among the consumers; means nothing to a producer
 
     @gluon.jit
@@ -96,7 +97,7 @@ class Shared:
 
 
 @gluon.jit
-def open_shared(q, k, v, cells):
+def open_shared(q, k, v, cells, values_word):
     """What a role sees of shared memory, and which warpgroup it is.
 
     Each calls it for itself: an address that is handed over to a role comes through memory, and the compiler no longer
@@ -109,7 +110,7 @@ def open_shared(q, k, v, cells):
         " redux.sync.min.s32 $0, group, 0xffffffff; }",
         ("=r",), [], gl.int32, is_pure=False,
     )  # fmt: skip
-    return Shared(q, k, v, cells, base, group)
+    return Shared(q, k, v, cells, base, values_word, group)
 
 
 @gluon.jit

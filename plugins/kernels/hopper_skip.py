@@ -2,10 +2,12 @@
 
 The next tile's product with K is in flight over the maximum, the vote and the branch; the loop is unrolled by two, so
 that the two score buffers never move between registers. Every product with V ends inside its branch, because one in
-flight across a merge of control flow makes ptxas serialise all of them. Inside it, the product of a quarter of the
-tile's columns runs under the exponentials of the next quarter. `hopper_plain` has the schedules without such overlap.
+flight across a merge of control flow makes ptxas serialise all of them. Inside it, the product of some of the tile's
+columns runs under the exponentials of the next (`hopper_product`). `hopper_plain` has the schedules without such
+overlap.
 """
 
+from hopper_product import await_products, multiply, multiply_with_ones
 from hopper_queries import item_begun, last_scores_done, queries_again, receive_queries
 from hopper_rings import (
     at_tile,
@@ -24,7 +26,6 @@ from hopper_softmax import (
     count_kept,
     finite,
     first_maximum,
-    halves,
     hide_columns,
     no_sums,
     outgrows,
@@ -34,7 +35,6 @@ from hopper_softmax import (
     rows_layout,
     scale_sums,
     scores_layout,
-    soften,
     store_output,
 )
 from hopper_votes import decide
@@ -92,29 +92,17 @@ def add_tile(call, shared, scores, scale, maxima, rises, m, reference, sums, acc
         acc = rescale(acc, alpha)
         reference = following
     shift = finite(call, reference)
-    QUARTER: gl.constexpr = call.COLUMNS // 4
-    WHOLE: gl.constexpr = scores.shape[1] == call.COLUMNS  # or half of the tile
-    if WHOLE:
-        low, high = halves(scores, scores_layout(2 * QUARTER))
-        c, d = halves(high, scores_layout(QUARTER))
+    if call.ONES:
+        acc, sums = multiply_with_ones(call, shared, scores, scale, shift, slot, acc, sums, DTYPE)
     else:
-        low = scores
-    a, b = halves(low, scores_layout(QUARTER))
-    values = shared.v.index(slot)
-    p, sums_a = soften(call, a, scale, shift, acc, DTYPE)
-    token = warpgroup_mma(p, values.slice(0, QUARTER, dim=0), acc, is_async=True)
-    p, sums_b = soften(call, b, scale, shift, acc, DTYPE)
-    token = warpgroup_mma(p, values.slice(QUARTER, QUARTER, dim=0), token, is_async=True)
-    total = sums_a + sums_b
-    if WHOLE:
-        p, sums_c = soften(call, c, scale, shift, acc, DTYPE)
-        token = warpgroup_mma(p, values.slice(2 * QUARTER, QUARTER, dim=0), token, is_async=True)
-        p, sums_d = soften(call, d, scale, shift, acc, DTYPE)
-        token = warpgroup_mma(p, values.slice(3 * QUARTER, QUARTER, dim=0), token, is_async=True)
-        total += sums_c + sums_d
+        product, total = multiply(call, shared, scores, scale, shift, slot, acc, DTYPE)
     m = raised(m, maxima)  # only now: what threads exchange for it travels under the products
-    sums += total
-    return m, reference, sums, warpgroup_mma_wait(0, deps=(token,))
+    if call.ONES:
+        acc, sums = await_products(call, acc, sums)
+    else:
+        acc = warpgroup_mma_wait(0, deps=(product,))
+        sums += total
+    return m, reference, sums, acc
 
 
 @gluon.jit

@@ -78,6 +78,15 @@ def halves(x, LAYOUT: gl.constexpr):
 
 @gluon.jit
 def no_sums(call):
+    """Of nothing: `[rows, 8]`, all columns alike, where V has columns of ones, else as `partial_sums`."""
+    if call.ONES:
+        return gl.full([call.ROWS, 8], 0.0, gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]))
+    else:
+        return _no_partial_sums(call)
+
+
+@gluon.jit
+def _no_partial_sums(call):
     return partial_sums(gl.full([call.ROWS, call.COLUMNS], 0.0, gl.float32, scores_layout(call.COLUMNS)))
 
 
@@ -104,9 +113,15 @@ def finite(call, reference):
 
 
 @gluon.jit
+def exponentials(scores, scale, shift):
+    """2 ** (scores * scale - shift)."""
+    return gl.exp2(scores * scale - gl.convert_layout(shift, gl.SliceLayout(1, scores.type.layout))[:, None])
+
+
+@gluon.jit
 def soften(call, scores, scale, shift, acc, DTYPE: gl.constexpr):
     """`(operand, sums)` of some columns: 2 ** (scores - shift) for the product with V, and its row sums."""
-    p = gl.exp2(scores * scale - gl.convert_layout(shift, gl.SliceLayout(1, scores.type.layout))[:, None])
+    p = exponentials(scores, scale, shift)
     SUMS: gl.constexpr = no_sums(call).type.layout
     return as_operand(p, acc, DTYPE), gl.convert_layout(partial_sums(p), SUMS, assert_trivial=True)
 
@@ -182,7 +197,7 @@ def store_output(call, shared, item, sequence, acc, reference, sums, DTYPE: gl.c
     """Normalises and writes the warpgroup's rows; the copy engine clips what lies beyond the tensor."""
     ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     rows = item.row0 + shared.group * call.ROWS + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
-    total = gl.convert_layout(gl.sum(sums, 1), rows.type.layout)
+    total = gl.convert_layout(gl.max(sums, 1) if call.ONES else gl.sum(sums, 1), rows.type.layout)
     if call.has(HAS_LSE):
         value = gl.where(total > 0, (reference + gl.log2(total)) * 0.6931471805599453, float("-inf"))
         place = (item.batch * call.heads_q + item.head).to(gl.int64) * call.seq_q

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 DTYPES = ("fp16", "bf16")
 HEADS = (64, 128, 256)
 ACCEPTED_SPILLS = {
-    ("dense", 64): 32, ("skip", 64): 0, ("wide", 64): 16, ("general", 64): 1024,
+    ("dense", 64): 32, ("skip", 64): 0, ("wide", 64): 48, ("general", 64): 1024,
     ("dense", 128): 0, ("skip", 128): 0, ("wide", 128): 32, ("general", 128): 1408,
     ("dense", 256): 0, ("skip", 256): 32, ("general", 256): 3072,
 }  # fmt: skip
@@ -36,6 +36,8 @@ class Specialisation:
         key_stages: tiles of K in flight.
         value_stages: tiles of V in flight.
         alternate: K and V take turns in one ring of all these buffers (kernels/hopper_rings.py).
+        ones: the product with V also gives P's row sums (kernels/hopper_product.py).
+        pieces: in which P is then made and multiplied.
         registers: registers a thread of a consumer may use.
         spills: bytes of spilled registers that are accepted; more fails the build.
         speculative: the dense schedule takes exponentials before it checks their reference.
@@ -55,6 +57,8 @@ class Specialisation:
     key_stages: int
     value_stages: int
     alternate: bool
+    ones: bool
+    pieces: int
     registers: int
     spills: int
     speculative: bool
@@ -103,7 +107,9 @@ def _specialise(dtype: str, head: int, role: str, causal: bool, joint: bool) -> 
             schedule = "plain"
     return Specialisation(
         dtype, head, schedule, causal, joint, groups, group_rows, columns, queries, keys, values,
-        alternate=head == 128 and role in ("dense", "wide"), registers=registers, spills=ACCEPTED_SPILLS[role, head],
+        alternate=head == 128 and role in ("dense", "wide"),
+        ones=head <= 128 and role in ("skip", "wide"), pieces=2 if head == 128 and role == "wide" else 4,
+        registers=registers, spills=ACCEPTED_SPILLS[role, head],
         speculative=head <= 128, on_demand=role in ("skip", "wide") and head == 128,
         shares_code=not (role == "wide" and joint),
     )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -71,6 +72,8 @@ class Shared:
 class Token:
     """A product in flight; its operands in shared memory are read when it ends, not when it is issued."""
 
+    type = Tile.type
+
     def __init__(self, compute: Callable[[], torch.Tensor]) -> None:
         self.compute, self.result = compute, None
 
@@ -112,6 +115,59 @@ def _warpgroup_mma_wait(outstanding: int, deps: tuple[Any, ...]) -> Any:
             dep = dep.result
         results.append(dep)
     return results[0] if len(results) == 1 else tuple(results)
+
+
+class DescriptorWords:
+    """Low words of descriptors of V and the ones (hopper_product): a pair's number, `REACH` apart, less what was added.
+
+    One more in the word's low half and one less in the high half is 16 bytes further on in V.
+    """
+
+    REACH = 1 << 40
+    STEP = 0xFFFF
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[Shared, Shared]] = []
+
+    def first(self, values: Shared, ones: Shared) -> Tile:
+        self.pairs.append((values, ones))
+        return tile(torch.tensor(len(self.pairs) * self.REACH))
+
+    def at(self, word: int, keys: int) -> tuple[Shared, Shared]:
+        """So many keys of V, and the ones."""
+        number = -(-word // self.REACH)
+        away, rest = divmod(number * self.REACH - word, self.STEP)
+        values, ones = self.pairs[number - 1]
+        slot, inside = divmod(away, values.memory[0].numel() // 8)
+        assert rest == 0 and inside % 8 == 0
+        return values.index(slot).slice(inside // 8, keys), ones
+
+
+def _words() -> DescriptorWords:
+    return MACHINE[0].local.__dict__.setdefault("words", DescriptorWords())
+
+
+def _product_with_ones(kind: str, p: Tile, acc: Any, sums: Any, word: Any) -> tuple[Any, Any]:
+    """The output, and the row sums from 16 rows of ones; both in flight. 16 keys are one instruction."""
+    p = p.to(torch.float16 if kind == "f16" else torch.bfloat16)
+    values, ones = _words().at(int(word), p.shape[1])
+    ones = Shared(ones.memory[:, :8])
+    for first, part in enumerate(p.split(ones.memory.shape[0], 1)):
+        keys = values.slice(first * part.shape[1], part.shape[1])
+        acc = _warpgroup_mma(part, keys, acc, is_async=True)
+        sums = _warpgroup_mma(part, ones, sums, is_async=True)
+    return acc, sums
+
+
+def _inline_asm(asm: str, constraints: Any, args: Any = (), result_types: Any = (), is_pure: bool = False) -> Any:
+    """Of assembly what has to do with products; the rest is that of `emulated_assembly`."""
+    if "sub.s32 away, $2, $1" in asm:
+        return _words().first(*args)
+    if found := re.search(r"wgmma\.mma_async\.sync\.aligned\.m64n72k16\.f32\.(\w+)\.", asm):
+        return _product_with_ones(found[1], *args)
+    if asm == "wgmma.wait_group.sync.aligned 0;" and args:
+        return _warpgroup_mma_wait(0, tuple(args))
+    return inline_asm(asm, constraints, args, result_types, is_pure)
 
 
 def _async_load(desc: Descriptor, coordinates: list[Any], barrier: Barrier, target: Shared) -> None:
@@ -231,7 +287,7 @@ def _language(program: Callable[[], int], programs: Callable[[], int]) -> types.
         arange=lambda start, end, layout=None: tile(torch.arange(start, end, dtype=torch.int32)),
         full=lambda shape, value, dtype, layout: tile(torch.full(shape, value, dtype=dtype)),
         permute=lambda x, order: x.permute(order), split=lambda x: x.unbind(-1),
-        convert_layout=lambda x, layout, assert_trivial=False: x, inline_asm=inline_asm,
+        convert_layout=lambda x, layout, assert_trivial=False: x, inline_asm=_inline_asm,
         inline_asm_elementwise=inline_asm_elementwise,
         allocate_shared_memory=_allocate, warp_specialize=_warp_specialize,
     )  # fmt: skip

@@ -204,7 +204,7 @@ class Emulation:
                 prefill(
                     *values, values[0].memory.dtype, spec.head, spec.groups, spec.group_rows, spec.columns,
                     spec.queries, spec.key_stages, spec.value_stages, spec.alternate, spec.schedule, spec.causal,
-                    spec.joins_votes, spec.speculative, spec.on_demand, spec.registers,
+                    spec.joins_votes, spec.speculative, spec.ones, spec.pieces, spec.on_demand, spec.registers,
                 )  # fmt: skip
                 roles += [_on_program(machine, program, n, *role) for n, role in enumerate(machine.local.roles)]
             machine.run(roles)

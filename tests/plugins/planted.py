@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_attention.reference import attention_scores, visible_pairs
+
 COLUMNS = 128
 THRESHOLD = 1e-3
 """λ that separates planted tiles (score about 14) from the others (about 0) by several units on both sides."""
@@ -79,3 +81,12 @@ def planted_heads(
     """
     q, k, v = planted(batch, kv_heads, kv_heads, group * rows, columns, size, split=split or rows, **options)
     return q.view(batch, kv_heads * group, rows, size), k, v
+
+
+def log_sum_of_kept(q: Tensor, k: Tensor, kept: Tensor, br: int, is_causal: bool) -> Tensor:
+    """Log-sum-exp over what a row sees of the kept tiles, `[B, Hq, Sq] float32`; `kept [B, Hq, row, column blocks]`."""
+    rows, columns = q.shape[2], k.shape[2]
+    visible = visible_pairs(q.shape[0], rows, columns, is_causal=is_causal, device=q.device)
+    scores = attention_scores(q, k, visible, scale=q.shape[3] ** -0.5)
+    wanted = kept.repeat_interleave(br, 2)[:, :, :rows].repeat_interleave(COLUMNS, 3)[..., :columns]
+    return scores.masked_fill(~wanted, -math.inf).logsumexp(-1)

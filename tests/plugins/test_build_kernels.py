@@ -105,6 +105,24 @@ def test_the_bits_of_given_are_the_same_in_python_and_c() -> None:
     assert found == set(host)
 
 
+def test_ones_in_front_of_values_are_found() -> None:
+    """Their distance from V is computed modulo a descriptor's 14 bits, in which there is no way back."""
+    build = plugin_module("build_kernels")
+    ptx = """
+\tmov.b32 \t%r1, global_smem;
+\tadd.s32 \t%r2, %r1, 65536;
+\tand.b32 \t%r3, %r2, 16777200;
+\tadd.s32 \t%r4, %r1, 163840;
+\tand.b32 \t%r5, %r4, 16777200;
+\t{ .reg .b32 away; sub.s32 away, %r5, %r3; shl.b32 away, away, 12; }
+"""
+    assert build.ones_lie_behind(ptx)
+    assert not build.ones_lie_behind(ptx.replace("163840", "1024"))
+    assert not build.ones_lie_behind("")
+    with pytest.raises(build.BuildError, match="%r5"):
+        build.ones_lie_behind(ptx.replace("\t%r5, %r4", "\t%r6, %r4"))
+
+
 def test_a_subset_compiles(tmp_path: Path) -> None:
     """At most 12 kernels; fails on spills beyond the list and on serialised products, as the whole build does."""
     command = [sys.executable, str(PLUGINS / "build_kernels.py"), "--only", SUBSET]
@@ -123,7 +141,9 @@ def test_a_subset_compiles(tmp_path: Path) -> None:
         assert len(loops) == (1 if "plain" in name else 2)
         assert all(body.count(" R2UR ") < 0.5 * body.count(" HGMMA.") for body in loops), name
         assert all("0xfffff8" not in body and "0xfffffc" not in body for body in loops), name  # no address is masked
-    # of the wide kernel's unmasked loop, the eight products with K are issued in one go
+    # the wide kernel's row sums come with the product: no addition for every score
+    assert all(" HGMMA.64x72x16" in body and body.count(" FADD ") < 16 for body in loops)
+    # of its unmasked loop, the eight products with K are issued in one go
     code = [line for line in loops[0].splitlines() if "/*" in line]
     places = [at for at, line in enumerate(code) if " HGMMA." in line][:8]
     assert places[7] - places[1] == 6, places

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from emulation import Emulation, work_items
-from planted import THRESHOLD, WIDE_CALLS, WIDE_KERNELS, planted, rising
+from planted import THRESHOLD, WIDE_CALLS, WIDE_KERNELS, log_sum_of_kept, planted, rising
 
 from sparse_attention import native
 from sparse_attention.reference import attention
@@ -158,6 +158,9 @@ def test_kernels_for_many_rows(many_rows: Emulation, emulation: Emulation, size:
         result = check(many_rows, q, k, v, **options)
         assert "_wide_" in many_rows.launched[0][0]
         assert columns < 900 or (result[1][:, 0] > 0).all()
+        log_sum = log_sum_of_kept(q, k, attention(q, k, v, **options)[1].kept, br, causal)
+        # what is summed is P as it is multiplied, rounded
+        torch.testing.assert_close(result[2], log_sum, rtol=0.0, atol=torch.finfo(q.dtype).eps / 2 + 1e-4)
         for other, seed in ((many_rows, 1), *([(emulation, 0)] if br == 64 else [])):
             again = other.run(q, k, v, seed=seed, **options)
             assert all(torch.equal(a, b) for a, b in zip(result, again, strict=True))

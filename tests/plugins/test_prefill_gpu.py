@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from gpu_checks import check, define, run
-from planted import THRESHOLD, WIDE_CALLS, WIDE_KERNELS, planted, rising
+from planted import THRESHOLD, WIDE_CALLS, WIDE_KERNELS, log_sum_of_kept, planted, rising
 from torch import Tensor
 
 from sparse_attention import native
@@ -201,6 +201,19 @@ def test_sinks_and_lse() -> None:
     lse = run(q, k, v)[2]
     scores = (q.float() @ k.float().transpose(-1, -2)) * 128**-0.5
     torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("size", "br"), [(64, 64), (64, 128), (128, 64), (128, 128), (256, 64)])
+def test_log_sum_of_kept_tiles(size: int, br: int, dtype: torch.dtype) -> None:
+    """Hopper's skipping kernels up to a head size of 128 sum P as it is multiplied, rounded; the others in float32."""
+    for heads, rows in ((2, 300), (132, 700)):
+        q, k, v = planted(1, heads, heads, rows, 900, size, dtype=dtype)
+        _, tiles, _ = define(q, k, v, threshold=THRESHOLD, br=br, is_causal=True)
+        _, counts, lse = run(q, k, v, threshold=THRESHOLD, br=br, is_causal=True)
+        assert counts.tolist() == tiles.counts.tolist() and counts[:, 0].sum() > 0
+        expected = log_sum_of_kept(q, k, tiles.kept, br, True)
+        torch.testing.assert_close(lse, expected, rtol=1e-5, atol=1e-4 + torch.finfo(dtype).eps / 2)
 
 
 def test_sequence_major_strides_need_no_copy() -> None:
