@@ -6,6 +6,7 @@ importers of Triton in this process compile as ever. The C extension is the same
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -18,12 +19,13 @@ from typing import Any
 import numpy
 
 KERNELS = Path(__file__).resolve().parents[2] / "plugins" / "kernels"
+OURS = {path.stem for path in KERNELS.glob("*.py")}
 VARIABLE = "TRITON_INTERPRET"
 _interpreting: dict[str, ModuleType] = {}
 
 
 def _is_ours(name: str) -> bool:
-    return (name.split(".")[0] == "triton" and not name.startswith("triton._C")) or (KERNELS / f"{name}.py").is_file()
+    return (name.split(".")[0] == "triton" and not name.startswith("triton._C")) or name in OURS
 
 
 @contextmanager
@@ -37,7 +39,7 @@ def interpreting() -> Iterator[None]:
     sys.path.insert(0, str(KERNELS))
     os.environ[VARIABLE] = "1"
     try:
-        _multiply_bfloat16()
+        _prepare()
         yield
     finally:
         sys.path.remove(str(KERNELS))
@@ -50,14 +52,23 @@ def interpreting() -> Iterator[None]:
         sys.modules.update(others)
 
 
-def _multiply_bfloat16() -> None:
-    """Triton 3.9's interpreter multiplies the bit patterns of bfloat16 matrices; here they are widened first."""
-    from triton import language
+def _prepare() -> None:
+    """Once, of the Triton that is interpreted: an error of its is mended, and work that it repeats is done once."""
     from triton.runtime import interpreter
 
+    if interpreter.InterpreterBuilder.create_dot.__name__ == "create_dot":
+        _multiply_bfloat16(interpreter)
+        _patch_once(interpreter)
+        _remember_types(interpreter)
+        # computes every sum of integers again in 64 bits, for an assertion that is off
+        interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+
+
+def _multiply_bfloat16(interpreter: Any) -> None:
+    """Triton 3.9's interpreter multiplies the bit patterns of bfloat16 matrices; here they are widened first."""
+    from triton import language
+
     original = interpreter.InterpreterBuilder.create_dot
-    if original.__name__ != "create_dot":
-        return
 
     def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         if a.dtype.scalar == language.bfloat16:
@@ -65,6 +76,39 @@ def _multiply_bfloat16() -> None:
         return original(self, a, b, *rest)
 
     interpreter.InterpreterBuilder.create_dot = dot
+
+
+def _remember_types(interpreter: Any) -> None:
+    """NumPy's type for one of Triton's, for which a table of all of them is made each time."""
+    from triton import language
+
+    original = interpreter._get_np_dtype
+    of_scalar = functools.cache(original)
+
+    def of(kind: Any) -> Any:
+        scalar = kind.scalar
+        return original(kind) if isinstance(scalar, language.pointer_type) else of_scalar(scalar)
+
+    interpreter._get_np_dtype = of
+
+
+def _patch_once(interpreter: Any) -> None:
+    """The language's functions become interpreted ones, and stay so: nothing else uses this copy of Triton.
+
+    Triton looks through all of the language for it at every call of every function of a kernel, a third of the time,
+    and takes it back after every launch.
+    """
+    original = interpreter._patch_lang
+    seen: set[int] = set()
+
+    def patch(function: Any) -> Any:
+        names = function.__globals__  # what is patched depends on nothing else
+        if id(names) not in seen:
+            original(function)
+            seen.add(id(names))
+        return interpreter._LangPatchScope()  # nothing to restore
+
+    interpreter._patch_lang = patch
 
 
 def run_kernel(spec: Any, grid: tuple[int, int, int], values: dict[str, int | float]) -> None:
