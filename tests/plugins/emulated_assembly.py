@@ -17,6 +17,17 @@ class Tile(torch.Tensor):
 
     type = SimpleNamespace(layout=None)  # type: ignore[assignment]
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What PyTorch's own does for this one subclass, without the questions that take it longer than the work."""
+        with torch._C.DisableTorchFunctionSubclass():
+            result = function(*args, **kwargs) if kwargs else function(*args)
+            if type(result) is torch.Tensor:
+                return result.as_subclass(cls)
+            if type(result) in (tuple, list):
+                return type(result)(one.as_subclass(cls) if type(one) is torch.Tensor else one for one in result)
+        return result
+
     # a value in registers never changes: `x += y` makes another one, and what else holds x keeps it
     def __iadd__(self, other: Any) -> Any:
         return self + other
@@ -26,7 +37,7 @@ class Tile(torch.Tensor):
 
 
 def tile(value: Any) -> Tile:
-    return torch.as_tensor(value).as_subclass(Tile)
+    return value if type(value) is Tile else torch.as_tensor(value).as_subclass(Tile)
 
 
 class Cells:

@@ -1,7 +1,7 @@
 """The part of Gluon's language that the Hopper kernels use, executed by PyTorch on a CPU.
 
-`load_kernels` imports the kernels' own sources with these modules in place of Triton's, so that what is tested is the
-very code that is compiled: its schedule, barriers, masks and decisions. Layouts and registers mean nothing here.
+`load_kernel_modules` imports the kernels' own sources with these modules in place of Triton's, so that what is tested
+is the very code that is compiled: its schedule, barriers, masks and decisions. Layouts and registers mean nothing here.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import importlib
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -294,10 +293,21 @@ def _language(program: Callable[[], int], programs: Callable[[], int]) -> types.
     return gl
 
 
-@contextmanager
-def load_kernels(program: Callable[[], int], programs: Callable[[], int]) -> Iterator[Callable[..., None]]:
-    """The `prefill` kernel's own source over this emulation; other importers of Triton are not disturbed."""
-    gl = _language(program, programs)
+def call_on(program: Callable[[], int], programs: Callable[[], int]) -> None:
+    """What the kernels are told of their number and of how many there are, from now on."""
+    _grid[:] = program, programs
+
+
+_grid: list[Callable[[], int]] = []
+
+
+@functools.cache
+def load_kernel_modules() -> dict[str, types.ModuleType]:
+    """The kernels' own sources over this emulation, by name; other importers of Triton are not disturbed.
+
+    Read once a process: compiling them takes longer than many a call of them.
+    """
+    gl = _language(lambda: _grid[0](), lambda: _grid[1]())
     gluon = types.ModuleType("triton.experimental.gluon")
     gluon.__dict__.update(jit=lambda f: f, constexpr_function=lambda f: f, aggregate=_aggregate, language=gl)
     hopper = types.ModuleType("triton.experimental.gluon.language.nvidia.hopper")
@@ -325,7 +335,8 @@ def load_kernels(program: Callable[[], int], programs: Callable[[], int]) -> Ite
     sys.modules.update(fakes)
     sys.path.insert(0, str(KERNELS))
     try:
-        yield importlib.import_module("hopper_prefill").prefill
+        importlib.import_module("hopper_prefill")
+        return {name: sys.modules[name] for name in ours if name in sys.modules}
     finally:
         sys.path.remove(str(KERNELS))
         for name in [n for n in sys.modules if n in ours or n.split(".")[0] == "triton"]:

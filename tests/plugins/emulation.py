@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from emulated_assembly import MACHINE
-from emulated_gluon import Descriptor, Pointer, load_kernels
+from emulated_gluon import Descriptor, Pointer, call_on, load_kernel_modules
 from emulated_machine import Machine
 from interpreted_triton import run_kernel
 from torch import Tensor
@@ -197,17 +197,18 @@ class Emulation:
             values.append(_argument(arguments[place], kind, values[0].memory.dtype))
         machine = Machine(self.seed)
         MACHINE[:] = [machine]
-        with load_kernels(lambda: machine.local.program, lambda: grid) as prefill:
-            roles = []
-            for program in range(grid):
-                machine.local.program, machine.local.roles = program, []
-                prefill(
-                    *values, values[0].memory.dtype, spec.head, spec.groups, spec.group_rows, spec.columns,
-                    spec.queries, spec.key_stages, spec.value_stages, spec.alternate, spec.schedule, spec.causal,
-                    spec.joins_votes, spec.speculative, spec.ones, spec.pieces, spec.on_demand, spec.registers,
-                )  # fmt: skip
-                roles += [_on_program(machine, program, n, *role) for n, role in enumerate(machine.local.roles)]
-            machine.run(roles)
+        call_on(lambda: machine.local.program, lambda: grid)
+        prefill = load_kernel_modules()["hopper_prefill"].prefill
+        roles = []
+        for program in range(grid):
+            machine.local.program, machine.local.roles = program, []
+            prefill(
+                *values, values[0].memory.dtype, spec.head, spec.groups, spec.group_rows, spec.columns,
+                spec.queries, spec.key_stages, spec.value_stages, spec.alternate, spec.schedule, spec.causal,
+                spec.joins_votes, spec.speculative, spec.ones, spec.pieces, spec.on_demand, spec.registers,
+            )  # fmt: skip
+            roles += [_on_program(machine, program, n, *role) for n, role in enumerate(machine.local.roles)]
+        machine.run(roles)
 
 
 def work_items(spec: Any, scalars: dict[str, torch.Tensor]) -> list[tuple[int, int, int]]:
@@ -216,9 +217,9 @@ def work_items(spec: Any, scalars: dict[str, torch.Tensor]) -> list[tuple[int, i
         **scalars, CAUSAL=spec.causal, GENERAL=False, GROUPS=spec.groups, ROWS=spec.group_rows, COLUMNS=spec.columns,
         has=lambda bit: False,
     )  # fmt: skip
-    with load_kernels(lambda: 0, lambda: 1):
-        index = torch.arange(int(scalars["heads"] * scalars["row_blocks"]))
-        item = sys.modules["hopper_produce"].unpack_item(call, index)
+    call_on(lambda: 0, lambda: 1)
+    index = torch.arange(int(scalars["heads"] * scalars["row_blocks"]))
+    item = load_kernel_modules()["hopper_produce"].unpack_item(call, index)
     parts = item.batch * scalars["heads_q"] + item.head, item.row0, item.tiles
     return [(int(head), int(row), int(tiles)) for head, row, tiles in zip(*parts, strict=True)]
 
