@@ -73,6 +73,12 @@ def of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def objects(of_the_run: Path) -> Path:
+    """Folder for what the builds of the C library share; the first of them compiles it."""
+    return of_the_run / "objects"
+
+
+@pytest.fixture(scope="session")
 def exported(of_the_run: Path) -> Callable[..., Exported]:
     """Exports a family of tiny models with options; the same request gives the same file, also in another worker."""
     directory = of_the_run / "exported"

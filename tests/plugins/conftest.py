@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulation import Emulation
+from emulation import Emulation, build_emulation
 
 
 @pytest.fixture(scope="session")
-def emulation(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
+def emulation(of_the_run: Path, objects: Path) -> Emulation:
     """The C library over an emulated driver and SM."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     torch.set_num_threads(1)
-    return Emulation(Path(tmp_path_factory.mktemp("emulation")))
+    return Emulation(*build_emulation(of_the_run / "emulation", objects))
 
 
 @pytest.fixture
@@ -27,9 +27,9 @@ def whole_device(emulation: Emulation) -> Iterator[Emulation]:
 
 
 @pytest.fixture(scope="session")
-def many_rows(emulation: Emulation, tmp_path_factory: pytest.TempPathFactory) -> Emulation:
+def many_rows(emulation: Emulation, of_the_run: Path, objects: Path) -> Emulation:
     """The same without the kernels that calls with few rows run, so that the others run calls of any size."""
-    return Emulation(Path(tmp_path_factory.mktemp("many_rows")), without="_d(64|128)_skip_")
+    return Emulation(*build_emulation(of_the_run / "many_rows", objects, without="_d(64|128)_skip_"))
 
 
 @pytest.fixture(params=["hopper", "portable"])

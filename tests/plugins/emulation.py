@@ -17,6 +17,7 @@ import torch
 from emulated_assembly import MACHINE
 from emulated_gluon import Descriptor, Pointer, call_on, load_kernel_modules
 from emulated_machine import Machine
+from filelock import FileLock
 from interpreted_triton import run_kernel
 from torch import Tensor
 
@@ -24,6 +25,8 @@ from sparse_attention import native
 
 PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
 HERE = Path(__file__).resolve().parent
+DRIVER = "libemulated_cuda.so"
+OPENS_DRIVER = "driver.cpp"  # the one source that is told which
 TYPES = {6: torch.float16, 9: torch.bfloat16}
 SCALARS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 POINTEES = {"i32": torch.int32, "fp32": torch.float32, "u8": torch.uint8}
@@ -52,11 +55,12 @@ def plugin_module(name: str) -> ModuleType:
     return module
 
 
-def compile_library(folder: Path, libcuda: str = "", without: str | None = None) -> Path:
+def compile_library(folder: Path, objects: Path, libcuda: str, without: str | None = None) -> Path:
     """The C library with every specialisation in its table; an image is the kernel's name and that of its entry.
 
     Args:
         folder: where it is made.
+        objects: where what is the same in all of them is compiled, unless it is there already.
         libcuda: the driver it opens.
         without: leaves out the kernels of this name, a regular expression.
     """
@@ -80,15 +84,24 @@ def compile_library(folder: Path, libcuda: str = "", without: str | None = None)
         kernels.append(line)
     (folder / "manifest.json").write_text(json.dumps({"kernels": kernels}))
     plugin_module("embed_kernels").embed(folder / "manifest.json", folder)
-    sources = [*(PLUGINS / "csrc").glob("*.cpp"), folder / "kernel_table.cpp", folder / "kernel_images.S"]
+    shared = [source for source in (PLUGINS / "csrc").glob("*.cpp") if source.name != OPENS_DRIVER]
+    with FileLock(f"{objects}.lock"):
+        if not objects.exists():
+            unfinished = objects.with_suffix(".new")
+            unfinished.mkdir()
+            _compile("-c", *shared, cwd=unfinished)
+            unfinished.rename(objects)
     library = folder / native.LIBRARY_NAME
-    define = [f'-DBSA_LIBCUDA="{libcuda}"'] if libcuda else []
-    subprocess.run(
-        ["g++", "-std=c++17", "-O0", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", *define,
-         f"-I{PLUGINS / 'include'}", f"-I{PLUGINS / 'csrc'}", *map(str, sources), "-o", str(library), "-ldl"],
-        check=True,
-    )  # fmt: skip
+    own = [PLUGINS / "csrc" / OPENS_DRIVER, folder / "kernel_table.cpp", folder / "kernel_images.S"]
+    _compile("-shared", f'-DBSA_LIBCUDA="{libcuda}"', *own, *objects.glob("*.o"), "-o", library, "-ldl", cwd=folder)
     return library
+
+
+def _compile(*arguments: str | Path, cwd: Path) -> None:
+    subprocess.run(
+        ["g++", "-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror",
+         f"-I{PLUGINS / 'include'}", f"-I{PLUGINS / 'csrc'}", *map(str, arguments)], check=True, cwd=cwd,
+    )  # fmt: skip
 
 
 def is_plain(spec: Any) -> bool:
@@ -97,11 +110,22 @@ def is_plain(spec: Any) -> bool:
 
 
 def compile_driver(folder: Path) -> Path:
-    path = folder / "libemulated_cuda.so"
+    path = folder / DRIVER
     subprocess.run(
         ["gcc", "-O1", "-fPIC", "-shared", "-w", str(HERE / "emulated_driver.c"), "-o", str(path)], check=True
     )
     return path
+
+
+def build_emulation(folder: Path, objects: Path, without: str | None = None) -> tuple[Path, Path]:
+    """Driver and library in `folder`, made unless they are there; what the arguments mean: see `compile_library`."""
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            unfinished = folder.with_suffix(".new")
+            unfinished.mkdir()
+            compile_library(unfinished, objects, str(folder / compile_driver(unfinished).name), without)
+            unfinished.rename(folder)
+    return folder / DRIVER, folder / native.LIBRARY_NAME
 
 
 class Emulation:
@@ -110,9 +134,8 @@ class Emulation:
     `launched` lists (kernel, CTAs) of the last call, `scalars` the numbers that its last Hopper kernel was given.
     """
 
-    def __init__(self, folder: Path, without: str | None = None) -> None:
-        driver = compile_driver(folder)
-        self.library = native.Library(compile_library(folder, str(driver), without))
+    def __init__(self, driver: Path, library: Path) -> None:
+        self.library = native.Library(library)
         self.driver = ctypes.CDLL(str(driver))
         build = plugin_module("build_kernels")
         self.specs = {spec.name: spec for spec in build.all_specialisations()}

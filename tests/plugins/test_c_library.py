@@ -119,8 +119,8 @@ def test_the_workspace_follows_the_call(emulation: Emulation) -> None:
         emulation.library.launch(decode.with_workspace(torch.empty(size(decode) - 1, dtype=torch.uint8)), 0)
 
 
-def test_another_architecture_is_named(emulation: Emulation, tmp_path: Path) -> None:
-    library = _library_of_its_own(emulation, tmp_path)
+def test_another_architecture_is_named(emulation: Emulation, objects: Path, tmp_path: Path) -> None:
+    library = _library_of_its_own(emulation, objects, tmp_path)
     emulation.driver.emulated_capability(110)
     try:
         refusal = library.refusal(call())
@@ -141,8 +141,8 @@ def test_rows_too_far_apart_for_the_portable_kernels_are_refused(emulation: Emul
         emulation.driver.emulated_capability(90)
 
 
-def _library_of_its_own(emulation: Emulation, folder: Path) -> native.Library:
-    return native.Library(compile_library(folder, str(emulation.driver._name)))
+def _library_of_its_own(emulation: Emulation, objects: Path, folder: Path) -> native.Library:
+    return native.Library(compile_library(folder, objects, str(emulation.driver._name)))
 
 
 def test_workspace_is_required(emulation: Emulation) -> None:
@@ -157,8 +157,8 @@ def test_params_of_another_version(emulation: Emulation) -> None:
         emulation.library.launch(native.Call(bytes(packed), ()), 0)
 
 
-def test_prepare_from_many_threads(emulation: Emulation, tmp_path: Path) -> None:
-    library = _library_of_its_own(emulation, tmp_path)
+def test_prepare_from_many_threads(emulation: Emulation, objects: Path, tmp_path: Path) -> None:
+    library = _library_of_its_own(emulation, objects, tmp_path)
     failures: list[BaseException] = []
 
     def prepare() -> None:
@@ -176,8 +176,8 @@ def test_prepare_from_many_threads(emulation: Emulation, tmp_path: Path) -> None
     assert not failures
 
 
-def test_without_a_driver_the_status_says_so(tmp_path: Path) -> None:
-    library = native.Library(compile_library(tmp_path, "libno_such_cuda.so.1"))
+def test_without_a_driver_the_status_says_so(objects: Path, tmp_path: Path) -> None:
+    library = native.Library(compile_library(tmp_path, objects, "libno_such_cuda.so.1"))
     assert library.refusal(call()) == ""  # the kernels exist; it is the machine that lacks something
     with pytest.raises(native.KernelError, match="no CUDA driver") as caught:
         library.launch(call(), 0)

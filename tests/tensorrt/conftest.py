@@ -34,7 +34,7 @@ def shared_folder(of_the_run: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def plugin_build(shared_folder: Path) -> Path:
+def plugin_build(shared_folder: Path, objects: Path) -> Path:
     """Folder with plugin and host, built by their CMake files with the emulation's kernels."""
     for module, wheel in (("kernel_lens", "kernel-lens==2.0.1"), ("triton", "triton==3.9.0")):
         if importlib.util.find_spec(module) is None and "TENSORRT_ROOT" not in os.environ:
@@ -46,7 +46,7 @@ def plugin_build(shared_folder: Path) -> Path:
     with FileLock(shared_folder / "build.lock"):
         if not (shared_folder / "built").exists():
             driver = emulation_module.compile_driver(shared_folder)
-            emulation_module.compile_library(shared_folder, str(driver))
+            emulation_module.compile_library(shared_folder, objects, str(driver))
             configure = [
                 "cmake", "-S", ROOT / "tests/tensorrt/emulated_build", "-B", build, "-DCMAKE_BUILD_TYPE=Debug",
                 f"-DGENERATED={shared_folder}", f"-DLIBCUDA={driver}", f"-DPython3_EXECUTABLE={sys.executable}",
@@ -62,11 +62,7 @@ def plugin_build(shared_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def emulation(plugin_build: Path, shared_folder: Path) -> Emulation:
     """The kernels over the emulated driver that the plugin was built for: launches of this process run their source."""
-    with pytest.MonkeyPatch.context() as patch:  # both are compiled already, and may be in use by another worker
-        driver, library = shared_folder / "libemulated_cuda.so", shared_folder / native.LIBRARY_NAME
-        patch.setattr(emulation_module, "compile_driver", lambda folder: driver)
-        patch.setattr(emulation_module, "compile_library", lambda folder, libcuda, without: library)
-        return Emulation(shared_folder)
+    return Emulation(shared_folder / emulation_module.DRIVER, shared_folder / native.LIBRARY_NAME)
 
 
 @pytest.fixture(scope="session")
