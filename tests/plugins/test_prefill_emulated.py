@@ -276,10 +276,14 @@ def test_lengths_and_poisoned_padding(prefill: Emulation, size: int, causal: boo
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("br", [64, 128])
 def test_every_order_of_events_gives_the_same(emulation: Emulation, size: int, br: int) -> None:
-    """Copies land late or early, warpgroups drift apart: same bits, no deadlock, nothing read before it is there."""
-    q, k, v = inputs(1, 3, 3, 450, 900, size)
+    """Copies land late or early, warpgroups drift apart: same bits, no deadlock, nothing read before it is there.
+
+    Three multiprocessors take eight items: of several items in turn, and not all of as many.
+    """
+    q, k, v = inputs(1, 2, 2, 450, 900, size)
     for lam in (0.0, THRESHOLD):
         first = check(emulation, q, k, v, threshold=lam, br=br, is_causal=True)[:2]
+        assert (first[1][:, 0] > 0).all() == (lam > 0)
         for seed in range(1, 3):
             again = emulation.run(q, k, v, threshold=lam, br=br, is_causal=True, seed=seed)[:2]
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -291,12 +295,18 @@ def test_every_order_of_events_gives_the_same(emulation: Emulation, size: int, b
     indirect=["prefill"],
 )  # fmt: skip
 def test_threshold_from_device_memory(prefill: Emulation, size: int, causal: bool) -> None:
-    """λ = 0 at run time gives the dense kernel's bits; of Hopper's two kernels enqueued one finds nothing to do."""
+    """λ = 0 at run time gives the dense kernel's bits; of Hopper's two kernels enqueued one finds nothing to do.
+
+    What is no λ means 0 before anything depends on head size or mask: scales of that kind are tried at one of each.
+    """
     q, k, v = inputs(2, 2, 1, 200, 400, size)
     dense = prefill.run(q, k, v, is_causal=causal)[0]
     skipping = prefill.run(q, k, v, is_causal=causal, threshold=THRESHOLD)[0]
     assert not torch.equal(dense, skipping)
-    for scale, expected in ((0.0, dense), (1.0, skipping), (-1.0, dense), (math.nan, dense), (2000.0, dense)):
+    scales = [(0.0, dense), (1.0, skipping)]
+    if size == 64 and causal:
+        scales += [(-1.0, dense), (math.nan, dense), (2000.0, dense)]
+    for scale, expected in scales:
         out, counts, _ = check(prefill, q, k, v, is_causal=causal, threshold=THRESHOLD,
                                threshold_scale=torch.tensor([scale]))  # fmt: skip
         assert torch.equal(out, expected)
