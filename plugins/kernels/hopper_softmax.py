@@ -57,10 +57,62 @@ def partial_sums(p):
     return gl.sum(gl.sum(gl.reshape(p, [p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
 
 
+@gluon.constexpr_function
+def _tree(operation, names, target):
+    """Steps that leave in `target`, and in registers named after it, what `operation` makes of all `names`.
+
+    Three at a time: of two steps in a row ptxas makes one instruction.
+    """
+    steps, count = [], 0
+    while len(names) > 1:
+        results = []
+        for first, *others in (names[at : at + 3] for at in range(0, len(names), 3)):
+            result = f"{target}_{count}" if len(names) > 3 else target
+            count += 1
+            steps.append(f".reg .b32 {result}; mov.b32 {result}, {first};")
+            steps += [f"{operation} {result}, {result}, {other};" for other in others]
+            results.append(result)
+        names = results
+    return steps
+
+
+@gluon.constexpr_function
+def _maxima_asm(rows, columns):
+    """A maximum for each of a thread's rows, two of every 64, of which it holds two columns in eight."""
+    shares = range(rows // 32)
+    score = len(shares)  # operand of the first score
+    steps = ["{ .reg .pred some, negative;"]
+    lows = []
+    for share in shares:
+        first = score + share // 2 * (columns // 2) + share % 2 * 2
+        names = [f"x{first + 4 * n + m}" for n in range(columns // 8) for m in range(2)]
+        steps += [f".reg .b32 {name}; mov.b32 {name}, ${name[1:]};" for name in names]
+        steps += _tree("max.s32", names, f"high{share}")
+        lows += _tree("min.s32", names, f"low{share}")
+        lows.append(f"setp.lt.s32 negative, high{share}, 0; selp.b32 ${share}, low{share}, high{share}, negative;")
+    steps += [f"mov.b32 ${share}, high{share};" for share in shares]
+    steps += _tree("min.s32", [f"high{share}" for share in shares], "least")
+    steps.append("setp.lt.s32 some, least, 0; vote.sync.any.pred some, some, 0xffffffff; @!some bra settled;")
+    return " ".join([*steps, *lows, "settled: }"])
+
+
+@gluon.constexpr_function
+def _maxima_constraints(rows, columns):
+    return ",".join(["=&f"] * (rows // 32) + ["f"] * (rows * columns // 128))
+
+
 @gluon.jit
 def partial_maxima(scores):
-    """Row maxima over the columns a thread holds, as `partial_sums`: no thread waits for another."""
-    return gl.max(gl.max(gl.reshape(scores, [scores.shape[0], scores.shape[1] // 8, 4, 2]), 3), 1)
+    """Row maxima over the columns a thread holds, as `partial_sums`: no thread waits for another.
+
+    Of integers three can be compared at once. The bits of numbers that are not negative have their order, those of
+    negative ones the reverse. So a thread's largest integer is its maximum, unless all are negative: then, in a branch
+    that is taken by whole warps, it is the smallest.
+    """
+    ASM: gl.constexpr = _maxima_asm(scores.shape[0], scores.shape[1])
+    CONSTRAINTS: gl.constexpr = _maxima_constraints(scores.shape[0], scores.shape[1])
+    SHARES: gl.constexpr = partial_sums(scores).type
+    return gl.inline_asm(ASM, CONSTRAINTS, [scores], SHARES, is_pure=False)
 
 
 @gluon.jit

@@ -82,6 +82,13 @@ def named_barrier(what: str, number: int) -> None:
         MACHINE[0].wait_until(lambda: barrier.generation > generation)
 
 
+def _integer_maxima(scores: torch.Tensor) -> Tile:
+    """Of the columns of each thread of a quad, `[rows, 4]`: the largest bits, or the smallest where all are negative."""
+    bits = scores.contiguous().view(torch.int32).reshape(scores.shape[0], -1, 4, 2)
+    high, low = bits.amax((1, 3)), bits.amin((1, 3))
+    return tile(torch.where(high < 0, low, high).view(torch.float32))
+
+
 def inline_asm(asm: str, constraints: Any, args: list[Any], result_types: Any, is_pure: bool) -> Any:
     """The pieces of PTX the kernels contain: addresses, votes, arrivals, and words of shared memory."""
     if asm == "mov.b32 $0, $1;":
@@ -96,6 +103,8 @@ def inline_asm(asm: str, constraints: Any, args: list[Any], result_types: Any, i
     if "st.shared.v4.b32" in asm:
         args[0].memory[int(args[1]) :] = 0
         return None
+    if "max.s32" in asm:
+        return _integer_maxima(args[0])
     if "red.or.pred" in asm or "vote.sync.any" in asm:  # the one thread here stands for all 128, of all warps
         return tile(int(bool((args[0] != 0).any())))
     if "redux.sync" in asm:

@@ -71,6 +71,17 @@ def rising(
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
+def below_zero(q: Tensor, k: Tensor, every: int) -> tuple[Tensor, Tensor]:
+    """q, k of `planted` with the scores of every so many rows lower by about 30, so that all are negative.
+
+    Nothing else changes: not which tiles are wanted.
+    """
+    q, k = q.clone(), k.clone()
+    q[..., 3], k[..., 3] = 0.0, -30 * math.sqrt(q.shape[-1]) / 8  # a column that no direction uses
+    q[:, :, ::every, 3] = 8.0
+    return q, k
+
+
 def planted_heads(
     batch: int, kv_heads: int, group: int, rows: int, columns: int, size: int, *, split: int | None = None,
     **options: Any,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from emulation import Emulation, work_items
-from planted import THRESHOLD, WIDE_CALLS, WIDE_KERNELS, log_sum_of_kept, planted, rising
+from planted import THRESHOLD, WIDE_CALLS, WIDE_KERNELS, below_zero, log_sum_of_kept, planted, rising
 
 from sparse_attention import native
 from sparse_attention.reference import attention
@@ -205,6 +205,17 @@ def test_random_calls_in_kernels_for_many_rows(many_rows: Emulation, size: int, 
 def test_maxima_that_rise_in_every_tile(prefill: Emulation, size: int, lam: float) -> None:
     """By a factor 2 ** 17: relative to the tile before, exponentials have no value in float16."""
     check(prefill, *rising(1, 2, 150, 520, size, dtype=torch.float16, device="cpu"), threshold=lam, br=64)
+
+
+@pytest.mark.parametrize("prefill", ["hopper"], indirect=True)
+@pytest.mark.parametrize(("size", "every"), [(64, 2), (128, 1), (128, 2), (256, 2)])
+def test_negative_scores(prefill: Emulation, size: int, every: int) -> None:
+    """Scores are compared as integers, whose order is the reverse of that of negative numbers."""
+    q, k, v = inputs(1, 2, 1, 200, 520, size, seed=5)
+    q, k = below_zero(q, k, every)
+    assert (q.float() @ k.float().transpose(-1, -2))[:, :, ::every].max() < 0
+    counts = check(prefill, q, k, v, threshold=THRESHOLD, br=64, is_causal=True)[1]
+    assert (counts[:, 0] > 0).all()
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from gpu_checks import check, define, run
-from planted import THRESHOLD, WIDE_CALLS, WIDE_KERNELS, log_sum_of_kept, planted, rising
+from planted import THRESHOLD, WIDE_CALLS, WIDE_KERNELS, below_zero, log_sum_of_kept, planted, rising
 from torch import Tensor
 
 from sparse_attention import native
@@ -117,6 +117,20 @@ def test_half_of_the_rows_want_what_the_others_skip(br: int) -> None:
     share = [float(c[0, 0] / c[0, 1]) for c in (fine, coarse)]
     assert share[0] > share[1] > 0.1
     check(q, k, v, threshold=THRESHOLD, br=br, must_skip=True)
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("br", [64, 128])
+@pytest.mark.parametrize("every", [1, 2])
+def test_negative_scores(size: int, br: int, every: int) -> None:
+    """Hopper's kernels compare scores as integers, whose order is the reverse of that of negative numbers."""
+    for heads, rows in ((2, 300), (132, 700)):
+        q, k, v = planted(1, heads, heads, rows, 900, size)
+        q, k = below_zero(q, k, every)
+        for causal in (False, True):
+            check(q, k, v, threshold=THRESHOLD, br=br, is_causal=causal, must_skip=True)
+            check(q, k, v, threshold=THRESHOLD, br=br, is_causal=causal, softcap=100.0, must_skip=True)
+        check(q, k, v)
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])
