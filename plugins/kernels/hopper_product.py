@@ -44,7 +44,8 @@ def values_word(v, ones, ONES: gl.constexpr):
     """
     if ONES:
         return gl.inline_asm(
-            "{ .reg .b32 away; sub.s32 away, $2, $1; shl.b32 away, away, 12; shr.u32 $0, $1, 4; add.s32 $0, $0, away; }",
+            "{ .reg .b32 away; sub.s32 away, $2, $1; shl.b32 away, away, 12;"
+            " shr.u32 $0, $1, 4; add.s32 $0, $0, away; }",
             ("=&r", "r", "r"), [v, ones], gl.int32, is_pure=False,
         )  # fmt: skip
     else:
@@ -134,5 +135,5 @@ def multiply(call, shared, scores, scale, shift, slot, acc, DTYPE: gl.constexpr)
     for n in gl.static_range(4):
         p, more = soften(call, parts[n], scale, shift, acc, DTYPE)
         product = warpgroup_mma(p, values.slice(n * PIECE, PIECE, dim=0), product, is_async=True)
-        sums = sums + (more,)
+        sums = sums + (more,)  # noqa: RUF005 (Triton does not unpack)
     return product, (sums[0] + sums[1]) + (sums[2] + sums[3])

@@ -83,7 +83,7 @@ def named_barrier(what: str, number: int) -> None:
 
 
 def _integer_maxima(scores: torch.Tensor) -> Tile:
-    """Of the columns of each thread of a quad, `[rows, 4]`: the largest bits, or the smallest where all are negative."""
+    """Of the columns of a quad's four threads, `[rows, 4]`: the largest bits, or the smallest if all are negative."""
     bits = scores.contiguous().view(torch.int32).reshape(scores.shape[0], -1, 4, 2)
     high, low = bits.amax((1, 3)), bits.amin((1, 3))
     return tile(torch.where(high < 0, low, high).view(torch.float32))
