@@ -70,7 +70,8 @@ typedef struct bsa_params {
     const float* threshold_scale;  /* [1], or 0: 1.0; multiplies the threshold, so it can change without a new launch setup */
     void* o;                       /* [B, Hq, Sq, Dv] dtype, fully overwritten */
     int32_t* counts;               /* [Hq, 2], or 0: skipped and existing tiles per query head, fully overwritten */
-    float* lse;                    /* [B, Hq, Sq] contiguous, or 0: natural log-sum-exp of the kept scores, -inf for empty rows */
+    float* lse;                    /* [B, Hq, Sq] contiguous, or 0: natural log-sum-exp of the kept scores, -inf for empty rows;
+                                      where Hopper's kernels skip, D <= 128, of probabilities rounded to the dtype */
     void* workspace;               /* bsa_workspace_size bytes, 256-byte aligned */
     uint64_t workspace_bytes;
 
