@@ -169,7 +169,7 @@ def _assemble(ptx: str, architecture: str) -> tuple[bytes, str]:
         return target.read_bytes(), done.stderr
 
 
-def ones_lie_behind(ptx: str) -> bool:
+def ones_lie_behind(ptx: str, name: str) -> bool:
     """Whether the ones lie behind V in shared memory, wherever their distance is computed (kernels/hopper_product.py).
 
     Triton decides where they lie; a descriptor cannot hold a distance backwards.
@@ -179,7 +179,7 @@ def ones_lie_behind(ptx: str) -> bool:
         """In shared memory; of every constant that is added to its address."""
         line = re.search(rf"\t(\w+)\.\w+ *\t{re.escape(register)}, ([%\w]+)(?:, (\d+))?;", ptx)
         if not line:
-            raise BuildError(f"nothing says what {register} is")
+            raise BuildError(f"{name}: nothing in the PTX says what {register} is, where the ones lie")
         if line[2] == "global_smem":
             return 0
         return offset(line[2]) + (int(line[3]) if line[1] == "add" else 0)
@@ -200,7 +200,7 @@ def compile_kernel(spec: Specialisation | PlainKernel, output: Path) -> dict[str
         kernel, text = _generate(source)
     except JoinError as error:
         raise BuildError(f"{spec.name}: the consumers' code cannot be joined: {error}") from error
-    if isinstance(spec, Specialisation) and spec.ones and not ones_lie_behind(kernel.asm["ptx"]):
+    if isinstance(spec, Specialisation) and spec.ones and not ones_lie_behind(kernel.asm["ptx"], spec.name):
         raise BuildError(f"{spec.name}: the ones do not lie behind V in shared memory")
     cubin = kernel.asm["cubin"]
     if source != spec:

@@ -1,7 +1,7 @@
 """Pieces of the online softmax in registers: layouts, one update, masks, the epilogue.
 
 Scores are kept in log2 units (scores * scale * log2(e)). A thread holds parts of two rows; row sums stay per thread
-until the epilogue, so that no shuffle is paid per tile for them.
+until the epilogue, so that no shuffle is paid per tile for them, or come with the product with V (`hopper_product`).
 
 Exponents are relative to a `reference`: the running maximum, or one that follows it only when it is LAG behind, because
 multiplying the output costs as much as a quarter of a tile's softmax and in most tiles no maximum rises. What is summed
