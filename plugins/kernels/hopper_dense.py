@@ -7,7 +7,7 @@ reference, and a row sum that is too large says that a score has outgrown it.
 """
 
 from hopper_common import await_turn, give_turn
-from hopper_queries import item_begun, last_scores_done, queries_again, receive_queries
+from hopper_queries import first_row, item_begun, last_scores_done, queries_again, receive_queries
 from hopper_rings import (
     at_tile,
     key_free,
@@ -171,13 +171,13 @@ def consume_dense(call, shared, DTYPE: gl.constexpr, SPECULATIVE: gl.constexpr):
         give_turn(gl.to_tensor(0))
     while receive_item(call, shared, sequence) != 0:
         item = read_item(call, shared, sequence)
-        first_row = item.row0 + shared.group * call.ROWS
-        rows = first_row + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
+        first = first_row(call, item, shared.group)
+        rows = first + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
         visible = item.visible_columns(call, rows)
-        whole = item.visible_columns(call, first_row) // call.COLUMNS  # tiles that need no mask
+        whole = item.visible_columns(call, first) // call.COLUMNS  # tiles that need no mask
 
         first_tile = at_tile(call, base)
-        queries = receive_queries(call, shared, sequence)
+        queries = receive_queries(call, shared, sequence, shared.group)
         await_phase(shared, key_full(call, first_tile), key_phase(call, first_tile))
         scores = warpgroup_mma_wait(0, deps=(_start_scores(call, shared, queries, first_tile),))
         arrive_warp(shared, key_free(call, first_tile))
@@ -211,7 +211,7 @@ def consume_dense(call, shared, DTYPE: gl.constexpr, SPECULATIVE: gl.constexpr):
         arrive_warp(shared, value_free(call, before))
 
         item = read_item(call, shared, sequence)
-        store_output(call, shared, item, sequence, acc, reference, sums, DTYPE)
-        count_all(call, shared, item)
+        store_output(call, shared, item, sequence, shared.group, acc, reference, sums, DTYPE)
+        count_all(call, shared, item, shared.group)
         release_item(call, shared, sequence)
         sequence += 1

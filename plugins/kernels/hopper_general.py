@@ -4,7 +4,7 @@ Slower than the others and complete: whatever the specialised kernels leave out 
 """
 
 from hopper_common import HAS_ADDITIVE_BIAS, HAS_BOOL_BIAS, HAS_COUNTS
-from hopper_queries import item_begun, last_scores_done, receive_queries
+from hopper_queries import first_row, item_begun, last_scores_done, receive_queries
 from hopper_rings import at_tile, value_free
 from hopper_shared import arrive_warp, read_item, receive_item, release_item
 from hopper_skip import finish_scores, start_scores, use_tile
@@ -59,7 +59,7 @@ def consume_general(call, shared, DTYPE: gl.constexpr):
     base = 0
     while receive_item(call, shared, sequence) != 0:
         item = read_item(call, shared, sequence)
-        rows = item.row0 + shared.group * call.ROWS + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
+        rows = first_row(call, item, shared.group) + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
         visible = item.visible_columns(call, rows)
 
         m = first_maximum(call, item, rows)
@@ -68,7 +68,7 @@ def consume_general(call, shared, DTYPE: gl.constexpr):
         acc = gl.full([call.ROWS, call.HEAD], 0.0, gl.float32, ACC)
         kept = 0
         exist = 0
-        queries = receive_queries(call, shared, sequence)
+        queries = receive_queries(call, shared, sequence, shared.group)
         item_begun(call, shared, sequence)
         for j in range(item.tiles):
             tile = at_tile(call, base + j)
@@ -93,7 +93,7 @@ def consume_general(call, shared, DTYPE: gl.constexpr):
 
         last_scores_done(call, shared, sequence)
         item = read_item(call, shared, sequence)
-        store_output(call, shared, item, sequence, acc, reference, sums, DTYPE)
+        store_output(call, shared, item, sequence, shared.group, acc, reference, sums, DTYPE)
         if call.has(HAS_COUNTS):
             add_counts(call, shared, item, exist - kept, exist)
         release_item(call, shared, sequence)

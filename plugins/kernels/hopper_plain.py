@@ -7,7 +7,15 @@ for another's vote, and what a tile costs beside its products is paid once for t
 """
 
 from hopper_common import converged, end_block
-from hopper_queries import item_begun, last_scores_done, receive_queries
+from hopper_queries import (
+    first_row,
+    hold_first,
+    item_begun,
+    last_scores_done,
+    receive_queries,
+    take_ticket,
+    ticket_of,
+)
 from hopper_rings import (
     Tile,
     at_tile,
@@ -27,6 +35,7 @@ from hopper_shared import (
     phase_over,
     read_item,
     receive_item,
+    uniform,
 )
 from hopper_skip import (
     add_tile,
@@ -42,7 +51,6 @@ from hopper_softmax import (
     outgrows,
     partial_maxima,
     tiles_seen,
-    uniform,
 )
 from hopper_votes import decide, post_vote
 from triton.experimental import gluon
@@ -56,10 +64,10 @@ def consume_plain(call, shared, DTYPE: gl.constexpr):
     base = 0
     while receive_item(call, shared, sequence) != 0:
         item = read_item(call, shared, sequence)
-        visible, whole, m, sums, acc = begin_item(call, shared, item)
+        visible, whole, m, sums, acc = begin_item(call, item, shared.group)
         reference = m
         kept = 0
-        queries = receive_queries(call, shared, sequence)
+        queries = receive_queries(call, shared, sequence, shared.group)
         item_begun(call, shared, sequence)
         for j in range(item.tiles):
             tile = at_tile(call, base + j)
@@ -129,14 +137,14 @@ def _pass_tiles(call, shared, item, base, first):
 
 
 @gluon.jit
-def _half_seen(call, shared, item, whole, tiles):
+def _half_seen(call, item, ticket, whole, tiles):
     """1 if no row of this warpgroup sees more than half of its last tile, as every second causal block of 64 rows.
 
     Then that half is all that is computed: the other adds zeros, so no bit changes. But NaN or Inf in V of keys that
     none of these rows sees does not reach them, where 0 * NaN of a whole kept tile would.
     """
     if call.CAUSAL and call.ROWS == 64:
-        last_row = gl.minimum(item.row0 + (shared.group + 1) * call.ROWS, item.q_end) - 1
+        last_row = gl.minimum(first_row(call, item, ticket) + call.ROWS, item.q_end) - 1
         end = (tiles - 1) * call.COLUMNS + call.COLUMNS // 2
         return uniform(((item.visible_columns(call, last_row) <= end) & (tiles > whole)).to(gl.int32))
     else:
@@ -155,23 +163,26 @@ def consume_wide(call, shared, DTYPE: gl.constexpr):
     """
     sequence = 0
     base = 0
+    take_ticket(call, shared, sequence)
     while receive_item(call, shared, sequence) != 0:
         item = read_item(call, shared, sequence)
-        visible, whole, m, sums, acc = begin_item(call, shared, item)
-        tiles = uniform(gl.maximum(tiles_seen(call, item, item.row0 + shared.group * call.ROWS, call.ROWS), 1))
+        ticket = ticket_of(call, shared)
+        visible, whole, m, sums, acc = begin_item(call, item, ticket)
+        tiles = uniform(gl.maximum(tiles_seen(call, item, first_row(call, item, ticket), call.ROWS), 1))
         whole = gl.minimum(uniform(whole), tiles)
         reference = m
         kept = 0
         keys = gl.to_tensor(0)
         tile = at_tile(call, base)
-        queries = receive_queries(call, shared, sequence)
+        hold_first(call, item, ticket)
+        queries = receive_queries(call, shared, sequence, ticket)
         item_begun(call, shared, sequence)
         for j in range(whole):
             keys, tile, m, reference, sums, acc, kept = _wide_step(
                 call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, j, False,
                 call.COLUMNS, DTYPE,
             )  # fmt: skip
-        half = _half_seen(call, shared, item, whole, tiles)
+        half = _half_seen(call, item, ticket, whole, tiles)
         for j in range(whole, tiles - half):
             keys, tile, m, reference, sums, acc, kept = _wide_step(
                 call, shared, item, queries, keys, tile, m, reference, sums, acc, kept, base, visible, j, True,

@@ -6,7 +6,7 @@ from hopper_general import consume_general
 from hopper_plain import consume_plain, consume_wide
 from hopper_produce import produce_keys, produce_values
 from hopper_product import allocate_ones, values_word
-from hopper_queries import query_buffers
+from hopper_queries import issue_tickets, query_buffers
 from hopper_shared import cell_count, init_barriers, open_shared
 from hopper_skip import consume_skip
 from triton.experimental import gluon
@@ -73,22 +73,23 @@ def prefill(
     )  # fmt: skip
     LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     WARPS: gl.constexpr = 4 * GROUPS  # of consumers
-    CELLS: gl.constexpr = cell_count(GROUPS, QUERIES, K_STAGES, ALTERNATE, DRIFT)
+    CELLS: gl.constexpr = cell_count(GROUPS, QUERIES, K_STAGES, ALTERNATE, JOINT, DRIFT)
     HOLDS_BACK: gl.constexpr = 0 if ALTERNATE else 1  # the producer of V
     keys, values = _tiles(DTYPE, HEAD, COLUMNS, K_STAGES, V_STAGES, ALTERNATE, LAYOUT)
-    queries = gl.allocate_shared_memory(DTYPE, [query_buffers(QUERIES) * GROUPS, ROWS, HEAD], LAYOUT)
+    queries = gl.allocate_shared_memory(DTYPE, [query_buffers(QUERIES, GROUPS), ROWS, HEAD], LAYOUT)
     ones = allocate_ones(queries, DTYPE, LAYOUT, ONES)
     cells = mbarrier.allocate_mbarrier(batch=CELLS)
     init_barriers(call, cells, "k_full", 1)
     init_barriers(call, cells, "k_free", WARPS + HOLDS_BACK)
     init_barriers(call, cells, "v_full", 1)
     init_barriers(call, cells, "v_free", WARPS)
-    init_barriers(call, cells, "voted", 1)
+    init_barriers(call, cells, "voted", 1 if JOINT else GROUPS)
     init_barriers(call, cells, "q_full", 1)
     init_barriers(call, cells, "q_free", 4)
     init_barriers(call, cells, "v_raw", 1)
     init_barriers(call, cells, "item_full", 1)
     init_barriers(call, cells, "item_free", WARPS + 1)
+    issue_tickets(call, cells)
     fence_async_shared()
     if GROUPS == 2:
         gl.warp_specialize([

@@ -1,53 +1,158 @@
-"""The shared memory through which a warpgroup's Q comes in and its output leaves, in one of three ways (Call.QUERIES).
+"""The shared memory through which a warpgroup's Q comes in and its output leaves, in one of four ways (Call.QUERIES).
 
 "double": two buffers in turn. Q of the next item is loaded early, an item's output leaves through the buffer that its Q
 came in, and that is free again once the next item has begun.
+"queue": a ring of one buffer more than there are warpgroups, where there is no room for two each. Q of an item's row
+blocks comes in an order, and who is done with the item before takes a ticket for the next of them. So the first finds
+its Q there, and the others wait for a buffer of one before them, not for their own.
 "apart": one buffer for Q, free after the item's last scores, and one for the output, both at addresses that the
 compiler knows.
-"shared": a single buffer for both, where there is no room for two.
+"shared": a single buffer for both, where there is no room for more.
+
+The ticket says which of an item's row blocks is a warpgroup's; where there is no queue it is the warpgroup's number.
 """
 
-from hopper_common import ring_phase, ring_slot
-from hopper_shared import arrive_warp, await_barrier, await_phase, cell
+from hopper_common import VOTE_BARRIER, ring_phase, ring_slot
+from hopper_shared import arrive_warp, await_barrier, await_phase, cell, read_word, uniform
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-
-@gluon.constexpr_function
-def query_stages(queries):
-    """Items whose Q is in shared memory."""
-    return 2 if queries == "double" else 1
+HOLD_CYCLES = gl.constexpr(700)  # by which the first begins later,
+HOLD_TILES = gl.constexpr(24)  # in items of at least so many tiles
 
 
 @gluon.constexpr_function
-def query_buffers(queries):
-    """Buffers of a warpgroup."""
-    return 1 if queries == "shared" else 2
+def query_buffers(queries, groups):
+    """Buffers of all warpgroups, of Q and of the output."""
+    return {"double": 2 * groups, "queue": groups + 1, "apart": 2 * groups, "shared": groups}[queries]
 
 
 @gluon.jit
-def query_place(call, sequence, group):
-    """Where the Q of a warpgroup for the item with this running number lies, and its barriers."""
-    return ring_slot(sequence, query_stages(call.QUERIES)) * call.GROUPS + group
+def _place(call, sequence, ticket):
+    """Where the Q of that ticket for the item with this running number lies, and its barriers."""
+    if call.QUERIES == "queue":
+        return ring_slot(sequence * call.GROUPS + ticket, call.GROUPS + 1)
+    elif call.QUERIES == "double":
+        return ring_slot(sequence, 2) * call.GROUPS + ticket
+    else:
+        return ticket
+
+
+@gluon.jit
+def _phase(call, sequence, ticket):
+    """The phase in which they are then."""
+    if call.QUERIES == "queue":
+        return ring_phase(sequence * call.GROUPS + ticket, call.GROUPS + 1)
+    elif call.QUERIES == "double":
+        return ring_phase(sequence, 2)
+    else:
+        return ring_phase(sequence, 1)
+
+
+@gluon.jit
+def first_row(call, item, ticket):
+    """The first row of a ticket's row block.
+
+    In a causal queue who comes first gets the rows that see most: a warpgroup whose rows always saw least would be a
+    tile ahead of the others, and the tensor cores idle more (README.md).
+    """
+    if call.QUERIES == "queue" and call.CAUSAL:
+        return item.row0 + (call.GROUPS - 1 - ticket) * call.ROWS
+    else:
+        return item.row0 + ticket * call.ROWS
+
+
+@gluon.jit
+def issue_tickets(call, cells):
+    """Makes both counters zero, of tickets taken and of Q received by them, before the roles begin."""
+    if call.QUERIES == "queue":
+        base = gl.inline_asm("mov.b32 $0, $1;", ("=r", "r"), [cells], gl.int32, is_pure=False)
+        gl.inline_asm(
+            "{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;"
+            " @first st.shared.b32 [$0], $1; @first st.shared.b32 [$0+4], $1; }",
+            ("r", "r"), [base + cell(call, "tickets", 0).FIRST * 8, gl.to_tensor(0)], (), is_pure=False,
+        )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _ticket_asm():
+    """One thread takes it, and the others learn of it.
+
+    Not before all warpgroups have received their Q of the item before: where items are short, one might be there so
+    early that the barrier it waits at is still in the phase of the Q before its own. No lane branches alone, or ptxas would move every operand address of the loops through vector registers.
+    """
+    return (
+        "{ .reg .pred first, early; .reg .b32 thread, taken; mov.u32 thread, %tid.x; and.b32 thread, thread, 127;"
+        " setp.eq.u32 first, thread, 0;"
+        " again: ld.volatile.shared.b32 taken, [$0+4]; setp.lt.s32 early, taken, $2;"
+        " vote.sync.any.pred early, early, 0xffffffff; @early bra again;"
+        " @first atom.shared.add.u32 taken, [$0], 1; sub.s32 taken, taken, $2; @first st.shared.b32 [$1], taken;"
+        " barrier.cta.sync $3, 128; }"
+    )
+
+
+@gluon.jit
+def take_ticket(call, shared, sequence):
+    """To be called before the first item, and when this warpgroup's output of the item before is under way."""
+    if call.QUERIES == "queue":
+        taken = shared.at(cell(call, "tickets", 0))
+        own = shared.at(cell(call, "tickets", 1 + shared.group))
+        ASM: gl.constexpr = _ticket_asm()
+        gl.inline_asm(
+            ASM, ("r", "r", "r", "r"), [taken, own, sequence * call.GROUPS, VOTE_BARRIER + shared.group], (),
+            is_pure=False,
+        )  # fmt: skip
+
+
+@gluon.jit
+def ticket_of(call, shared):
+    """This warpgroup's ticket for its item. Read again where it is needed again, as a work item's description."""
+    if call.QUERIES == "queue":
+        return uniform(read_word(shared, cell(call, "tickets", 1 + shared.group)))
+    else:
+        return shared.group
 
 
 @gluon.jit
 def load_queries(call, shared, item, sequence):
     """The producer's part."""
-    for group in gl.static_range(call.GROUPS):
-        place = query_place(call, sequence, group)
+    for ticket in gl.static_range(call.GROUPS):
+        place = _place(call, sequence, ticket)
         full = shared.barrier(cell(call, "q_full", place))
-        await_barrier(shared, cell(call, "q_free", place), ring_phase(sequence, query_stages(call.QUERIES)) ^ 1)
+        await_barrier(shared, cell(call, "q_free", place), _phase(call, sequence, ticket) ^ 1)
         mbarrier.expect(full, call.ROWS * call.HEAD * 2)
-        tma.async_load(call.q, [item.batch, item.head, item.row0 + group * call.ROWS, 0], full, shared.q.index(place))
+        tma.async_load(call.q, [item.batch, item.head, first_row(call, item, ticket), 0], full, shared.q.index(place))
 
 
 @gluon.jit
-def receive_queries(call, shared, sequence):
+def hold_first(call, item, ticket):
+    """Lets the first warpgroup of a causal queue begin its item a little later, where items are long.
+
+    Its Q is there, and the others' come together a good while after that. From such a beginning the three fall into a
+    rhythm that is 3 % slower, for the whole item (README.md).
+    """
+    if call.QUERIES == "queue" and call.CAUSAL:
+        cycles = gl.where((ticket == 0) & (item.tiles >= HOLD_TILES), HOLD_CYCLES, 0)
+        gl.inline_asm(
+            "{ .reg .b32 from, now; .reg .pred early; mov.u32 from, %clock;"
+            " again: mov.u32 now, %clock; sub.u32 now, now, from; setp.lt.u32 early, now, $0;"
+            " vote.sync.any.pred early, early, 0xffffffff; @early bra again; }",
+            ("r",), [cycles], (), is_pure=False,
+        )  # fmt: skip
+
+
+@gluon.jit
+def receive_queries(call, shared, sequence, ticket):
     """Waits for this warpgroup's rows of Q."""
-    place = query_place(call, sequence, shared.group)
-    await_phase(shared, cell(call, "q_full", place), ring_phase(sequence, query_stages(call.QUERIES)))
+    place = _place(call, sequence, ticket)
+    await_phase(shared, cell(call, "q_full", place), _phase(call, sequence, ticket))
+    if call.QUERIES == "queue":
+        gl.inline_asm(
+            "{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x; and.b32 thread, thread, 127;"
+            " setp.eq.u32 first, thread, 0; @first red.shared.add.u32 [$0+4], 1; }",
+            ("r",), [shared.at(cell(call, "tickets", 0))], (), is_pure=False,
+        )  # fmt: skip
     return shared.q.index(place)
 
 
@@ -59,7 +164,7 @@ def queries_again(call, shared, queries):
     registers: 3 % slower.
     """
     if call.HEAD == 256:
-        place = query_place(call, 0, shared.group)  # of a single buffer
+        place = _place(call, 0, shared.group)  # of a single buffer
         place = gl.inline_asm("mov.b32 $0, $1;", ("=r", "r"), [place], gl.int32, is_pure=False)
         return shared.q.index(place)
     else:
@@ -67,8 +172,8 @@ def queries_again(call, shared, queries):
 
 
 @gluon.jit
-def _free(call, shared, sequence):
-    arrive_warp(shared, cell(call, "q_free", query_place(call, sequence, shared.group)))
+def _free(call, shared, sequence, ticket):
+    arrive_warp(shared, cell(call, "q_free", _place(call, sequence, ticket)))
 
 
 @gluon.jit
@@ -77,29 +182,31 @@ def item_begun(call, shared, sequence):
     if call.QUERIES == "double":  # noqa: SIM102 (the compiler decides the one, the kernel the other)
         if sequence > 0:
             tma.store_wait(0)
-            _free(call, shared, sequence - 1)
+            _free(call, shared, sequence - 1, shared.group)
 
 
 @gluon.jit
 def last_scores_done(call, shared, sequence):
     """To be called when nothing more of an item's Q will be read."""
     if call.QUERIES == "apart":
-        _free(call, shared, sequence)
+        _free(call, shared, sequence, shared.group)
 
 
 @gluon.jit
-def output_buffer(call, shared, sequence):
+def output_buffer(call, shared, sequence, ticket):
     """Where the item's output is put together."""
     if call.QUERIES == "apart":
         tma.store_wait(0)  # the previous item's rows have left the buffer
         return shared.q.index(call.GROUPS + shared.group)
     else:
-        return shared.q.index(query_place(call, sequence, shared.group))
+        return shared.q.index(_place(call, sequence, ticket))
 
 
 @gluon.jit
-def output_sent(call, shared, sequence):
-    """To be called when the copy of the output has been issued."""
-    if call.QUERIES == "shared":
+def output_sent(call, shared, sequence, ticket):
+    """To be called when the copy of the output has been issued. Whoever waited for the next item's Q before he gives
+    back this buffer might wait for one who waits for the same."""
+    take_ticket(call, shared, sequence + 1)
+    if call.QUERIES == "shared" or call.QUERIES == "queue":
         tma.store_wait(0)
-        _free(call, shared, sequence)
+        _free(call, shared, sequence, ticket)

@@ -17,14 +17,15 @@ ITEM_CELLS = gl.constexpr(8)  # of a work item's description
 
 
 @gluon.constexpr_function
-def _cells(groups, queries, key_stages, alternate, drift):
+def _cells(groups, queries, key_stages, alternate, joint, drift):
     """How many cells of each kind there are, in their order."""
     keys = drift if alternate else key_stages  # of every buffer, or, like V, of every tile within DRIFT
-    items = 2 if queries == "double" else 1  # whose Q is in shared memory
-    votes = drift * groups
+    places = {"double": 2 * groups, "queue": groups + 1}.get(queries, groups)  # of Q
+    voted = drift * groups if joint else drift  # each warpgroup for itself, or all together
     return {
-        "k_full": keys, "k_free": keys, "v_full": drift, "v_free": drift, "voted": votes, "votes": votes,
-        "q_full": items * groups, "q_free": items * groups,
+        "k_full": keys, "k_free": keys, "v_full": drift, "v_free": drift, "voted": voted, "votes": drift * groups,
+        "q_full": places, "q_free": places,
+        "tickets": 1 + groups,  # how many were taken and used, and that of each warpgroup
         "v_raw": 1,  # V with keys beyond kv_lengths, which its producer is going to zero
         "item_full": 2, "item_free": 2, "item": 2 * 8,
     }  # fmt: skip
@@ -55,14 +56,14 @@ class Cell:
 
 @gluon.jit
 def cell(call, KIND: gl.constexpr, place):
-    FIRST: gl.constexpr = _first_cell(KIND, call.GROUPS, call.QUERIES, call.K_STAGES, call.ALTERNATE, DRIFT)
+    FIRST: gl.constexpr = _first_cell(KIND, call.GROUPS, call.QUERIES, call.K_STAGES, call.ALTERNATE, call.JOINT, DRIFT)
     return Cell(gl.to_tensor(place), gl.constexpr(FIRST))
 
 
 @gluon.jit
 def init_barriers(call, cells, KIND: gl.constexpr, ARRIVALS: gl.constexpr):
-    FIRST: gl.constexpr = _first_cell(KIND, call.GROUPS, call.QUERIES, call.K_STAGES, call.ALTERNATE, DRIFT)
-    COUNT: gl.constexpr = _count(KIND, call.GROUPS, call.QUERIES, call.K_STAGES, call.ALTERNATE, DRIFT)
+    FIRST: gl.constexpr = _first_cell(KIND, call.GROUPS, call.QUERIES, call.K_STAGES, call.ALTERNATE, call.JOINT, DRIFT)
+    COUNT: gl.constexpr = _count(KIND, call.GROUPS, call.QUERIES, call.K_STAGES, call.ALTERNATE, call.JOINT, DRIFT)
     for i in gl.static_range(COUNT):
         mbarrier.init(cells.index(FIRST + i), count=ARRIVALS)
 
@@ -164,6 +165,12 @@ def await_barrier(shared, cell, phase):
 @gluon.jit
 def read_word(shared, cell):
     return gl.inline_asm("ld.shared.b32 $0, [$1];", ("=r", "r"), [shared.at(cell)], gl.int32, is_pure=False)
+
+
+@gluon.jit
+def uniform(value):
+    """The same number, known to ptxas to be the same in all lanes of a warp, so that branches on it are, too."""
+    return gl.inline_asm("redux.sync.min.s32 $0, $1, 0xffffffff;", ("=r", "r"), [value], gl.int32, is_pure=False)
 
 
 @gluon.jit

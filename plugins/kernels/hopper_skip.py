@@ -8,7 +8,7 @@ overlap.
 """
 
 from hopper_product import await_products, multiply, multiply_with_ones
-from hopper_queries import item_begun, last_scores_done, queries_again, receive_queries
+from hopper_queries import first_row, item_begun, last_scores_done, queries_again, receive_queries, ticket_of
 from hopper_rings import (
     at_tile,
     key_free,
@@ -106,12 +106,12 @@ def add_tile(call, shared, scores, scale, maxima, rises, m, reference, sums, acc
 
 
 @gluon.jit
-def begin_item(call, shared, item):
+def begin_item(call, item, ticket):
     """What each row sees, how many tiles all rows see whole, and the state before the first tile."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, call.HEAD, 16])
-    first_row = item.row0 + shared.group * call.ROWS
-    rows = first_row + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
-    whole = item.visible_columns(call, first_row) // call.COLUMNS
+    first = first_row(call, item, ticket)
+    rows = first + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
+    whole = item.visible_columns(call, first) // call.COLUMNS
     acc = gl.full([call.ROWS, call.HEAD], 0.0, gl.float32, ACC)
     return item.visible_columns(call, rows), whole, first_maximum(call, item, rows), no_sums(call), acc
 
@@ -139,8 +139,9 @@ def use_last_tile(call, shared, item, visible, scores, m, reference, sums, acc, 
 @gluon.jit
 def end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE: gl.constexpr):
     item = read_item(call, shared, sequence)
-    store_output(call, shared, item, sequence, acc, reference, sums, DTYPE)
-    count_kept(call, shared, item, kept)
+    ticket = ticket_of(call, shared)
+    store_output(call, shared, item, sequence, ticket, acc, reference, sums, DTYPE)
+    count_kept(call, shared, item, ticket, kept)
     release_item(call, shared, sequence)
 
 
@@ -169,11 +170,11 @@ def consume_skip(call, shared, DTYPE: gl.constexpr):
     base = 0
     while receive_item(call, shared, sequence) != 0:
         item = read_item(call, shared, sequence)
-        visible, whole, m, sums, acc = begin_item(call, shared, item)
+        visible, whole, m, sums, acc = begin_item(call, item, shared.group)
         reference = m
         kept = 0
         whole = gl.minimum(whole, item.tiles - 1)  # the last tile has its own step
-        queries = receive_queries(call, shared, sequence)
+        queries = receive_queries(call, shared, sequence, shared.group)
         first = at_tile(call, base)
         scores = finish_scores(call, shared, start_scores(call, shared, queries, first), first)
         item_begun(call, shared, sequence)

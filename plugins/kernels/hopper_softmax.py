@@ -17,7 +17,7 @@ from hopper_common import (
     TILE_COLUMNS,
     UNSEEN,
 )
-from hopper_queries import output_buffer, output_sent
+from hopper_queries import first_row, output_buffer, output_sent
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
@@ -150,12 +150,6 @@ def any_row_of_warp(wants):
 
 
 @gluon.jit
-def uniform(value):
-    """The same number, known to ptxas to be the same in all lanes of a warp, so that branches on it are, too."""
-    return gl.inline_asm("redux.sync.min.s32 $0, $1, 0xffffffff;", ("=r", "r"), [value], gl.int32, is_pure=False)
-
-
-@gluon.jit
 def finite(call, reference):
     """What a reference counts as in exponents: 0 where it is -inf (`first_maximum`), because -inf - -inf is NaN."""
     if call.GENERAL:
@@ -245,10 +239,11 @@ def first_maximum(call, item, rows):
 
 
 @gluon.jit
-def store_output(call, shared, item, sequence, acc, reference, sums, DTYPE: gl.constexpr):
+def store_output(call, shared, item, sequence, ticket, acc, reference, sums, DTYPE: gl.constexpr):
     """Normalises and writes the warpgroup's rows; the copy engine clips what lies beyond the tensor."""
     ROWS: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    rows = item.row0 + shared.group * call.ROWS + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
+    first = first_row(call, item, ticket)
+    rows = first + gl.arange(0, call.ROWS, rows_layout(call.COLUMNS))
     total = gl.convert_layout(gl.max(sums, 1) if call.ONES else gl.sum(sums, 1), rows.type.layout)
     if call.has(HAS_LSE):
         value = gl.where(total > 0, (reference + gl.log2(total)) * 0.6931471805599453, float("-inf"))
@@ -266,14 +261,13 @@ def store_output(call, shared, item, sequence, acc, reference, sums, DTYPE: gl.c
     if empty > 0:  # a row without weight is zero whatever a NaN in V made of its sum
         acc = gl.where(weight == 0.0, 0.0, acc)
     out = acc.to(DTYPE)
-    stage = output_buffer(call, shared, sequence)
+    stage = output_buffer(call, shared, sequence, ticket)
     stage.store(out)
     fence_async_shared()
-    first = item.row0 + shared.group * call.ROWS
     if call.CAUSAL:  # below 0 the copy engine traps; beyond the end it writes nothing
         first = gl.where(first < 0, call.seq_q, first)
     tma.async_store(call.o, [item.batch, item.head, first, 0], stage)
-    output_sent(call, shared, sequence)
+    output_sent(call, shared, sequence, ticket)
 
 
 @gluon.jit
@@ -287,9 +281,9 @@ def tiles_seen(call, item, first, rows):
 
 
 @gluon.jit
-def existing_tiles(call, shared, item):
+def existing_tiles(call, item, ticket):
     """Tiles of the decision that begins with this warpgroup's rows; 0 where none begins there."""
-    first = item.row0 + shared.group * call.ROWS
+    first = first_row(call, item, ticket)
     rows = gl.where(call.has(COUNTS_128_ROWS), 128, 64)
     return gl.where(first % rows == 0, tiles_seen(call, item, first, rows), 0)
 
@@ -304,15 +298,15 @@ def add_counts(call, shared, item, skipped, exist):
 
 
 @gluon.jit
-def count_kept(call, shared, item, kept):
+def count_kept(call, shared, item, ticket, kept):
     """Adds an item's tiles to the counts, if they are asked for."""
     if call.has(HAS_COUNTS):
-        exist = existing_tiles(call, shared, item)
+        exist = existing_tiles(call, item, ticket)
         add_counts(call, shared, item, exist - kept, exist)
 
 
 @gluon.jit
-def count_all(call, shared, item):
+def count_all(call, shared, item, ticket):
     """The same where no tile is skipped."""
     if call.has(HAS_COUNTS):
-        add_counts(call, shared, item, 0, existing_tiles(call, shared, item))
+        add_counts(call, shared, item, 0, existing_tiles(call, item, ticket))

@@ -1,13 +1,11 @@
 """The decision whether a tile is kept: a vote of a warpgroup, joined with that of the other half of 128 rows."""
 
-from hopper_common import DRIFT
+from hopper_common import DRIFT, VOTE_BARRIER
 from hopper_rings import tile_phase, tile_place
 from hopper_shared import await_barrier, await_phase, cell, read_word
 from hopper_softmax import any_asm, for_shares
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-
-VOTE_BARRIER = gl.constexpr(8)  # first named barrier of the votes, above those Triton uses
 
 
 @gluon.constexpr_function
@@ -27,11 +25,12 @@ def any_row(shared, wants):
 def post_vote(call, shared, vote, tile):
     """Publishes this warpgroup's vote on a tile, for the other one and for the producer of V."""
     place = shared.group * DRIFT + tile_place(call, tile)
+    voted = place if call.JOINT else tile_place(call, tile)
     gl.inline_asm(
         "{ .reg .pred first; .reg .b32 lane; mov.u32 lane, %tid.x; and.b32 lane, lane, 127;"
         " setp.eq.u32 first, lane, 0; @first st.shared.b32 [$0], $1;"
         " @first mbarrier.arrive.shared::cta.b64 _, [$2]; }",
-        ("r", "r", "r"), [shared.at(cell(call, "votes", place)), vote, shared.at(cell(call, "voted", place))], (),
+        ("r", "r", "r"), [shared.at(cell(call, "votes", place)), vote, shared.at(cell(call, "voted", voted))], (),
         is_pure=False,
     )  # fmt: skip
 
@@ -79,5 +78,5 @@ def any_vote(call, shared, tile):
 @gluon.jit
 def await_votes(call, shared, tile):
     """Waits until all have voted."""
-    for group in gl.static_range(call.GROUPS):
+    for group in gl.static_range(call.GROUPS if call.JOINT else 1):
         await_barrier(shared, cell(call, "voted", group * DRIFT + tile_place(call, tile)), tile_phase(call, tile))

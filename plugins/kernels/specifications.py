@@ -32,7 +32,7 @@ class Specialisation:
         groups: consumer warpgroups.
         group_rows: query rows of each, 64, or 128 that decide without another warpgroup.
         columns: key columns of a loaded tile.
-        queries: buffers of Q and the output, "double", "apart" or "shared" (kernels/hopper_queries.py).
+        queries: buffers of Q and the output, "double", "queue", "apart" or "shared" (kernels/hopper_queries.py).
         key_stages: tiles of K in flight.
         value_stages: tiles of V in flight.
         alternate: K and V take turns in one ring of all these buffers (kernels/hopper_rings.py).
@@ -90,7 +90,7 @@ def _specialise(dtype: str, head: int, role: str, causal: bool, joint: bool) -> 
     groups, group_rows, columns, keys, values, registers, schedule = 2, 64, 128, 3, 2, 240, role
     queries = "double" if role in ("skip", "general") else "apart"
     if role == "wide" and not joint:
-        groups, registers, queries = 3, 160, "shared" if head == 128 else "double"
+        groups, registers, queries = 3, 160, "queue" if head == 128 else "double"
     if head == 64:
         keys, values = (2, 2) if role == "general" else (3, 5) if role == "wide" else (4, 4)
         if role == "dense":

@@ -89,6 +89,14 @@ def _integer_maxima(scores: torch.Tensor) -> Tile:
     return tile(torch.where(high < 0, low, high).view(torch.float32))
 
 
+def _take_ticket(tickets: Any, own: Any, least: int) -> None:
+    """Waits until so many were used; the warpgroup's word then says how many more were taken before."""
+    (cells, start), (others, word) = _at(tickets), _at(own)
+    MACHINE[0].wait_until(lambda: int(cells.words[start // 4 + 1]) >= least)
+    others.words[word // 4] = cells.words[start // 4] - least
+    cells.words[start // 4] += 1
+
+
 def inline_asm(asm: str, constraints: Any, args: list[Any], result_types: Any, is_pure: bool) -> Any:
     """The pieces of PTX the kernels contain: addresses, votes, arrivals, and words of shared memory."""
     if asm == "mov.b32 $0, $1;":
@@ -105,6 +113,14 @@ def inline_asm(asm: str, constraints: Any, args: list[Any], result_types: Any, i
         return None
     if "max.s32" in asm:
         return _integer_maxima(args[0])
+    if "atom.shared.add" in asm:
+        return _take_ticket(args[0], args[1], int(args[2]))
+    if "red.shared.add" in asm:
+        cells, start = _at(args[0])
+        cells.words[start // 4 + 1] += 1
+        return None
+    if "%clock" in asm:  # a wait that is for speed only
+        return None
     if "red.or.pred" in asm or "vote.sync.any" in asm:  # the one thread here stands for all 128, of all warps
         return tile(int(bool((args[0] != 0).any())))
     if "redux.sync" in asm:

@@ -35,8 +35,8 @@ def test_every_combination_is_listed_once() -> None:
         assert spec.schedule != "dense" or spec.value_stages >= 2
         # a warpgroup's 128 threads, the producers' 24 registers: the register file has 64 K
         assert (spec.groups * spec.registers + 24) * 128 <= 65536
-        buffers = 1 if spec.queries == "shared" else 2
-        tiles = (spec.key_stages + spec.value_stages) * spec.columns + spec.group_rows * spec.groups * buffers
+        buffers = {"shared": spec.groups, "queue": spec.groups + 1}.get(spec.queries, 2 * spec.groups)
+        tiles = (spec.key_stages + spec.value_stages) * spec.columns + spec.group_rows * buffers
         assert tiles * spec.head * 2 < 232448 - 1024
 
 

@@ -200,6 +200,17 @@ def test_random_calls_in_kernels_for_many_rows(many_rows: Emulation, size: int, 
     assert skipped > 0
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_warpgroups_that_queue_for_short_items(many_rows: Emulation, causal: bool) -> None:
+    """Items of one tile, in which warpgroups run far apart: none takes Q of the item before for its own."""
+    q, k, v = inputs(1, 6, 6, 400, 100, 128)
+    expected = attention(q, k, v, threshold=THRESHOLD, br=64, is_causal=causal)[0]
+    for seed in range(5):
+        out = many_rows.run(q, k, v, seed=seed, threshold=THRESHOLD, br=64, is_causal=causal)[0]
+        assert many_rows.specs[many_rows.launched[0][0]].queries == "queue"
+        assert (out.float() - expected).abs().max() <= TOLERANCE[q.dtype]
+
+
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("lam", [0.0, THRESHOLD])
 def test_maxima_that_rise_in_every_tile(prefill: Emulation, size: int, lam: float) -> None:
