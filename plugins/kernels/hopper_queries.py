@@ -75,32 +75,25 @@ def issue_tickets(call, cells):
         )  # fmt: skip
 
 
-@gluon.constexpr_function
-def _ticket_asm():
-    """One thread takes it, and the others learn of it.
-
-    Not before all warpgroups have received their Q of the item before: where items are short, one might be there so
-    early that the barrier it waits at is still in the phase of the Q before its own. No lane branches alone, or ptxas would move every operand address of the loops through vector registers.
-    """
-    return (
-        "{ .reg .pred first, early; .reg .b32 thread, taken; mov.u32 thread, %tid.x; and.b32 thread, thread, 127;"
-        " setp.eq.u32 first, thread, 0;"
-        " again: ld.volatile.shared.b32 taken, [$0+4]; setp.lt.s32 early, taken, $2;"
-        " vote.sync.any.pred early, early, 0xffffffff; @early bra again;"
-        " @first atom.shared.add.u32 taken, [$0], 1; sub.s32 taken, taken, $2; @first st.shared.b32 [$1], taken;"
-        " barrier.cta.sync $3, 128; }"
-    )
-
-
 @gluon.jit
 def take_ticket(call, shared, sequence):
-    """To be called before the first item, and when this warpgroup's output of the item before is under way."""
+    """To be called before the first item, and when this warpgroup's output of the item before is under way.
+
+    One thread takes it, and the others learn of it. Not before all warpgroups have received their Q of the item before:
+    where items are short, one might come so early that the barrier it waits at is still in the phase of the Q before.
+    """
     if call.QUERIES == "queue":
         taken = shared.at(cell(call, "tickets", 0))
         own = shared.at(cell(call, "tickets", 1 + shared.group))
-        ASM: gl.constexpr = _ticket_asm()
+        # no lane branches alone, or ptxas would move every operand address of the loops through vector registers
         gl.inline_asm(
-            ASM, ("r", "r", "r", "r"), [taken, own, sequence * call.GROUPS, VOTE_BARRIER + shared.group], (),
+            "{ .reg .pred first, early; .reg .b32 thread, taken; mov.u32 thread, %tid.x; and.b32 thread, thread, 127;"
+            " setp.eq.u32 first, thread, 0;"
+            " again: ld.volatile.shared.b32 taken, [$0+4]; setp.lt.s32 early, taken, $2;"
+            " vote.sync.any.pred early, early, 0xffffffff; @early bra again;"
+            " @first atom.shared.add.u32 taken, [$0], 1; sub.s32 taken, taken, $2; @first st.shared.b32 [$1], taken;"
+            " barrier.cta.sync $3, 128; }",
+            ("r", "r", "r", "r"), [taken, own, sequence * call.GROUPS, VOTE_BARRIER + shared.group], (),
             is_pure=False,
         )  # fmt: skip
 
