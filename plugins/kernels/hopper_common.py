@@ -7,7 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 TILE_COLUMNS = gl.constexpr(128)  # key columns of a decision, whatever the width of a loaded tile
 DRIFT = gl.constexpr(8)  # tiles by which the roles may drift apart, and more: K_STAGES + V_STAGES at most
 DRIFT_BITS = gl.constexpr(3)
-VOTE_BARRIER = gl.constexpr(8)  # first named barrier of the votes, above those of Triton
+VOTE_BARRIER = gl.constexpr(8)  # first named barrier of the votes and tickets, above those of Triton
 TURN_BARRIER = gl.constexpr(12)  # of the turns, above those of the votes
 NEVER_VOTES = gl.constexpr(1e30)  # running maximum of a row outside the tensor: nothing comes near it
 UNSEEN = gl.constexpr(-1e30)  # running maximum of a row that has seen nothing but -inf: whatever comes outgrows it

@@ -13,7 +13,7 @@ The ticket says which of an item's row blocks is a warpgroup's; where there is n
 """
 
 from hopper_common import VOTE_BARRIER, ring_phase, ring_slot
-from hopper_shared import arrive_warp, await_barrier, await_phase, cell, read_word, uniform
+from hopper_shared import arrive_warp, await_barrier, await_phase, cell, query_places, read_word, uniform
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
@@ -25,14 +25,14 @@ HOLD_TILES = gl.constexpr(24)  # in items of at least so many tiles
 @gluon.constexpr_function
 def query_buffers(queries, groups):
     """Buffers of all warpgroups, of Q and of the output."""
-    return {"double": 2 * groups, "queue": groups + 1, "apart": 2 * groups, "shared": groups}[queries]
+    return query_places(queries, groups) + (groups if queries == "apart" else 0)
 
 
 @gluon.jit
 def _place(call, sequence, ticket):
     """Where the Q of that ticket for the item with this running number lies, and its barriers."""
     if call.QUERIES == "queue":
-        return ring_slot(sequence * call.GROUPS + ticket, call.GROUPS + 1)
+        return ring_slot(sequence * call.GROUPS + ticket, query_places(call.QUERIES, call.GROUPS))
     elif call.QUERIES == "double":
         return ring_slot(sequence, 2) * call.GROUPS + ticket
     else:
@@ -43,7 +43,7 @@ def _place(call, sequence, ticket):
 def _phase(call, sequence, ticket):
     """The phase in which they are then."""
     if call.QUERIES == "queue":
-        return ring_phase(sequence * call.GROUPS + ticket, call.GROUPS + 1)
+        return ring_phase(sequence * call.GROUPS + ticket, query_places(call.QUERIES, call.GROUPS))
     elif call.QUERIES == "double":
         return ring_phase(sequence, 2)
     else:
@@ -83,24 +83,24 @@ def take_ticket(call, shared, sequence):
     where items are short, one might come so early that the barrier it waits at is still in the phase of the Q before.
     """
     if call.QUERIES == "queue":
-        taken = shared.at(cell(call, "tickets", 0))
+        counters = shared.at(cell(call, "tickets", 0))
         own = shared.at(cell(call, "tickets", 1 + shared.group))
-        # no lane branches alone, or ptxas would move every operand address of the loops through vector registers
+        # no branch is a single lane's, or ptxas would move every operand address of the loops through vector registers
         gl.inline_asm(
-            "{ .reg .pred first, early; .reg .b32 thread, taken; mov.u32 thread, %tid.x; and.b32 thread, thread, 127;"
+            "{ .reg .pred first, early; .reg .b32 thread, count; mov.u32 thread, %tid.x; and.b32 thread, thread, 127;"
             " setp.eq.u32 first, thread, 0;"
-            " again: ld.volatile.shared.b32 taken, [$0+4]; setp.lt.s32 early, taken, $2;"
+            " again: ld.volatile.shared.b32 count, [$0+4]; setp.lt.s32 early, count, $2;"
             " vote.sync.any.pred early, early, 0xffffffff; @early bra again;"
-            " @first atom.shared.add.u32 taken, [$0], 1; sub.s32 taken, taken, $2; @first st.shared.b32 [$1], taken;"
+            " @first atom.shared.add.u32 count, [$0], 1; sub.s32 count, count, $2; @first st.shared.b32 [$1], count;"
             " barrier.cta.sync $3, 128; }",
-            ("r", "r", "r", "r"), [taken, own, sequence * call.GROUPS, VOTE_BARRIER + shared.group], (),
+            ("r", "r", "r", "r"), [counters, own, sequence * call.GROUPS, VOTE_BARRIER + shared.group], (),
             is_pure=False,
         )  # fmt: skip
 
 
 @gluon.jit
 def ticket_of(call, shared):
-    """This warpgroup's ticket for its item. Read again where it is needed again, as a work item's description."""
+    """This warpgroup's ticket for its item, until `output_sent`: then the cell holds the next one."""
     if call.QUERIES == "queue":
         return uniform(read_word(shared, cell(call, "tickets", 1 + shared.group)))
     else:
@@ -122,8 +122,8 @@ def load_queries(call, shared, item, sequence):
 def hold_first(call, item, ticket):
     """Lets the first warpgroup of a causal queue begin its item a little later, where items are long.
 
-    Its Q is there, and the others' come together a good while after that. From such a beginning the three fall into a
-    rhythm that is 3 % slower, for the whole item (README.md).
+    Its Q is there, and the others' come together a good while after that. From such a beginning the three mostly fall
+    into a rhythm that is 3 % slower, for the whole item (README.md).
     """
     if call.QUERIES == "queue" and call.CAUSAL:
         cycles = gl.where((ticket == 0) & (item.tiles >= HOLD_TILES), HOLD_CYCLES, 0)
@@ -197,8 +197,12 @@ def output_buffer(call, shared, sequence, ticket):
 
 @gluon.jit
 def output_sent(call, shared, sequence, ticket):
-    """To be called when the copy of the output has been issued. Whoever waited for the next item's Q before he gives
-    back this buffer might wait for one who waits for the same."""
+    """To be called when the copy of the output has been issued.
+
+    The buffer is given back before the next Q is waited for: whose buffer that Q comes in may wait for this one. The
+    ticket can be waited for before: what others have yet to receive is Q of this item, which comes in buffers of items
+    before, and those are given back, because all who used them are in this item or done with it.
+    """
     take_ticket(call, shared, sequence + 1)
     if call.QUERIES == "shared" or call.QUERIES == "queue":
         tma.store_wait(0)

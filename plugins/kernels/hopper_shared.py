@@ -17,15 +17,24 @@ ITEM_CELLS = gl.constexpr(8)  # of a work item's description
 
 
 @gluon.constexpr_function
+def query_places(queries, groups):
+    """Buffers that Q comes in, see hopper_queries."""
+    return {"double": 2 * groups, "queue": groups + 1}.get(queries, groups)
+
+
+@gluon.constexpr_function
 def _cells(groups, queries, key_stages, alternate, joint, drift):
-    """How many cells of each kind there are, in their order."""
+    """How many cells of each kind there are, in their order.
+
+    With three warpgroups at heads of 128 two more fit, then shared memory is full.
+    """
     keys = drift if alternate else key_stages  # of every buffer, or, like V, of every tile within DRIFT
-    places = {"double": 2 * groups, "queue": groups + 1}.get(queries, groups)  # of Q
+    places = query_places(queries, groups)
     voted = drift * groups if joint else drift  # each warpgroup for itself, or all together
     return {
         "k_full": keys, "k_free": keys, "v_full": drift, "v_free": drift, "voted": voted, "votes": drift * groups,
         "q_full": places, "q_free": places,
-        "tickets": 1 + groups,  # how many were taken and used, and that of each warpgroup
+        "tickets": 1 + groups,  # how many were taken, and received Q by; then the one of each warpgroup
         "v_raw": 1,  # V with keys beyond kv_lengths, which its producer is going to zero
         "item_full": 2, "item_free": 2, "item": 2 * 8,
     }  # fmt: skip

@@ -19,7 +19,7 @@ THRESHOLD = 1e-3
 
 WIDE_KERNELS = [(64, 64), (64, 128), (128, 64)]
 """Head size and br for which Hopper has kernels of their own for calls with many rows,"""
-WIDE_CALLS = [(129, 203), (191, 64), (761, 3000), (1200, 1200)]
+WIDE_CALLS = [(129, 203), (191, 64), (761, 100), (761, 3000), (1200, 1200)]
 """and rows and keys of calls that they run, with 128 heads in the batch."""
 
 

@@ -36,6 +36,7 @@ for size, br in WIDE_KERNELS:
         call((4, 32, 4, 129, 400, size), br=br, threshold=THRESHOLD, is_causal=causal)
         lengths = numbers(400, 200, 0, 1)
         call((4, 32, 4, 129, 400, size), br=br, threshold=THRESHOLD, is_causal=causal, kv_lengths=lengths)
+        call((12, 32, 4, 129, 100, size), br=br, threshold=THRESHOLD, is_causal=causal)  # items of one tile, in a row
 for causal in CAUSAL:
     scale = numbers(1.0, dtype=torch.float32)  # both kernels are enqueued
     call((2, 4, 2, 200, 400, 128), dtype=torch.float16, br=64, threshold=THRESHOLD, is_causal=causal,
