@@ -90,7 +90,7 @@ def _integer_maxima(scores: torch.Tensor) -> Tile:
 
 
 def _take_ticket(tickets: Any, own: Any, least: int) -> None:
-    """Waits until so many were used; the warpgroup's word then says how many more were taken before."""
+    """Waits until Q was received by so many; the warpgroup's word then says how many more were taken before it."""
     (cells, start), (others, word) = _at(tickets), _at(own)
     MACHINE[0].wait_until(lambda: int(cells.words[start // 4 + 1]) >= least)
     others.words[word // 4] = cells.words[start // 4] - least
