@@ -56,6 +56,17 @@ std::int32_t causalFirstRow(Kernel const& kernel, int rows, int blocks)
         (rows + decision - 1) / decision * decision - static_cast<std::int64_t>(blocks) * kernel.rows);
 }
 
+// How far the last of a head's row blocks reaches into the one before, where three warpgroups compute full attention. A
+// block of which a single warpgroup has rows takes two thirds of the time of a whole one; two of which two have are
+// shorter than that and a whole one together.
+std::int32_t fullOverlap(Kernel const& kernel, int rows, int blocks)
+{
+    constexpr int kGROUP_ROWS = 64;
+    bool const three = kernel.rows == 3 * kGROUP_ROWS && kernel.role == 's';
+    int const last = rows - (blocks - 1) * kernel.rows;
+    return three && blocks > 1 && last <= kGROUP_ROWS ? -kGROUP_ROWS : 0;
+}
+
 bool encode(Driver const& driver, TensorMap& map, void const* address, int dtype, std::int64_t const stride[3],
     int batch, int heads, int sequence, int columns, int boxRows, int boxColumns, CudaResult& code)
 {
@@ -111,7 +122,8 @@ bsa_status launchKernel(Driver const& driver, Device& device, Kernel const& kern
     std::int32_t group = p.heads_q / p.heads_k;
     std::int32_t rowBlocks = (p.seq_q + kernel.rows - 1) / kernel.rows;
     std::int32_t heads = p.batch * p.heads_q;
-    std::int32_t firstRow = kernel.causal ? causalFirstRow(kernel, p.seq_q, rowBlocks) : 0;
+    std::int32_t firstRow
+        = kernel.causal ? causalFirstRow(kernel, p.seq_q, rowBlocks) : fullOverlap(kernel, p.seq_q, rowBlocks);
     std::int32_t section
         = static_cast<std::int32_t>(std::clamp<std::int64_t>(causalHeads(kernel, p.seq_k), 1, heads));
     std::int32_t lastSection = firstOfLastSection(section, heads, rowBlocks, device.multiprocessors());

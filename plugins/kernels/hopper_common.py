@@ -101,7 +101,8 @@ class Call:
     seq_q: gl.tensor
     seq_k: gl.tensor
     row_blocks: gl.tensor
-    first_row: gl.tensor  # of the first row block, at most 0: causal blocks end where the sequence ends
+    first_row: gl.tensor  # causal: of the first row block, at most 0, as blocks end where the sequence ends; else, with
+    # three warpgroups that skip, how far the last row block reaches into the one before: -64 where it had 64 rows alone
     heads: gl.tensor  # batch * heads_q
     section: gl.tensor  # heads worked on at the same time, so that their K and V stay in L2
     last_section: gl.tensor  # first head of the last section, which has more of them, for an even end
@@ -135,6 +136,18 @@ class Call:
     @gluon.jit
     def has(self, BIT: gl.constexpr):
         return (self.given & BIT) != 0
+
+
+@gluon.jit
+def three_skip_full(call):
+    """Whether three warpgroups compute attention that is not causal and may skip: there items may overlap."""
+    return call.GROUPS == 3 and call.ONES and not call.CAUSAL
+
+
+@gluon.jit
+def last_item_row(call):
+    """The first row of a head's last item, in such kernels."""
+    return (call.row_blocks - 1) * (call.GROUPS * call.ROWS) + call.first_row
 
 
 @gluon.aggregate

@@ -156,7 +156,7 @@ def consume_wide(call, shared, DTYPE: gl.constexpr):
     """Tiles that are seen whole, those of which something is hidden, and those that this warpgroup does not need.
 
     Causality shows more to an item's last rows than to its first, and at the end of the sequence rows are missing. A
-    tile of which a warpgroup sees nothing is not computed, unless it is the first.
+    tile of which a warpgroup sees nothing is not computed.
 
     Nothing in the loops but votes and `uniform` numbers decides a branch: where ptxas cannot see that all threads of a
     warp branch alike, it moves every operand address through vector registers.
@@ -168,7 +168,7 @@ def consume_wide(call, shared, DTYPE: gl.constexpr):
         item = read_item(call, shared, sequence)
         ticket = ticket_of(call, shared)
         visible, whole, m, sums, acc = begin_item(call, item, ticket)
-        tiles = uniform(gl.maximum(tiles_seen(call, item, first_row(call, item, ticket), call.ROWS), 1))
+        tiles = uniform(tiles_seen(call, item, first_row(call, item, ticket), call.ROWS))
         whole = gl.minimum(uniform(whole), tiles)
         reference = m
         kept = 0

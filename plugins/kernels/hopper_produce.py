@@ -16,6 +16,8 @@ from hopper_common import (
     RUN_WHERE_DENSE,
     RUN_WHERE_SPARSE,
     Item,
+    last_item_row,
+    three_skip_full,
 )
 from hopper_queries import load_queries
 from hopper_rings import (
@@ -72,6 +74,8 @@ def unpack_item(call, index):
     row0 = block * ROWS
     if call.CAUSAL:
         row0 += call.first_row
+    elif three_skip_full(call):
+        row0 = gl.minimum(row0, last_item_row(call))
     kv_end = call.seq_k
     q_end = call.seq_q
     q_start = call.seq_k - call.seq_q

@@ -12,7 +12,7 @@ compiler knows.
 The ticket says which of an item's row blocks is a warpgroup's; where there is no queue it is the warpgroup's number.
 """
 
-from hopper_common import VOTE_BARRIER, ring_phase, ring_slot
+from hopper_common import VOTE_BARRIER, last_item_row, ring_phase, ring_slot, three_skip_full
 from hopper_shared import arrive_warp, await_barrier, await_phase, cell, query_places, read_word, uniform
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -55,10 +55,15 @@ def first_row(call, item, ticket):
     """The first row of a ticket's row block.
 
     In a causal queue who comes first gets the rows that see most: a warpgroup whose rows always saw least would be a
-    tile ahead of the others, and the tensor cores idle more (README.md).
+    tile ahead of the others, and the tensor cores idle more (README.md). Where the last item of a head begins within
+    the one before (`Call.first_row`), what they share is the last one's, and here a block that does not exist.
     """
     if call.QUERIES == "queue" and call.CAUSAL:
         return item.row0 + (call.GROUPS - 1 - ticket) * call.ROWS
+    elif three_skip_full(call):
+        first = item.row0 + ticket * call.ROWS
+        last = last_item_row(call)
+        return gl.where((item.row0 < last) & (first >= last), call.seq_q, first)
     else:
         return item.row0 + ticket * call.ROWS
 

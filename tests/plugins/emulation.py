@@ -236,15 +236,28 @@ class Emulation:
 
 def work_items(spec: Any, scalars: dict[str, torch.Tensor]) -> list[tuple[int, int, int]]:
     """`(head, first row, tiles)` of a Hopper kernel's work items in the order in which they are given out."""
+    item = _items(spec, scalars)[1]
+    parts = item.batch * scalars["heads_q"] + item.head, item.row0, item.tiles
+    return [(int(head), int(row), int(tiles)) for head, row, tiles in zip(*parts, strict=True)]
+
+
+def row_blocks(spec: Any, scalars: dict[str, torch.Tensor]) -> list[list[int]]:
+    """The first rows of the warpgroups' blocks, for each work item; those at the sequence's end or beyond are empty."""
+    call, item = _items(spec, scalars)
+    first_row = load_kernel_modules()["hopper_queries"].first_row
+    blocks = [first_row(call, item, ticket).tolist() for ticket in range(spec.groups)]
+    return [list(block) for block in zip(*blocks, strict=True)]
+
+
+def _items(spec: Any, scalars: dict[str, torch.Tensor]) -> tuple[SimpleNamespace, Any]:
+    """The call, and all its work items at once."""
     call = SimpleNamespace(
         **scalars, CAUSAL=spec.causal, GENERAL=False, GROUPS=spec.groups, ROWS=spec.group_rows, COLUMNS=spec.columns,
-        has=lambda bit: False,
+        ONES=spec.ones, QUERIES=spec.queries, has=lambda bit: False,
     )  # fmt: skip
     call_on(lambda: 0, lambda: 1)
     index = torch.arange(int(scalars["heads"] * scalars["row_blocks"]))
-    item = load_kernel_modules()["hopper_produce"].unpack_item(call, index)
-    parts = item.batch * scalars["heads_q"] + item.head, item.row0, item.tiles
-    return [(int(head), int(row), int(tiles)) for head, row, tiles in zip(*parts, strict=True)]
+    return call, load_kernel_modules()["hopper_produce"].unpack_item(call, index)
 
 
 def _on_program(machine: Machine, program: int, number: int, warps: int, role: Any) -> Any:
