@@ -13,6 +13,7 @@ apart: the threads add, each its columns, and the sums of a quad meet in the epi
 
 import itertools
 
+from hopper_common import await_turn, give_turn
 from hopper_softmax import exponentials, halves, scores_layout, soften
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -100,19 +101,26 @@ def _in_place(rows, head, inputs):
 
 
 @gluon.jit
-def multiply_with_ones(call, shared, scores, scale, shift, slot, acc, sums, DTYPE: gl.constexpr):
-    """Issues the products of a tile with V in that slot: output and sums in flight, until `await_products`."""
+def multiply_with_ones(call, shared, scores, scale, shift, slot, acc, sums, TURNS: gl.constexpr, DTYPE: gl.constexpr):
+    """Issues the products of a tile with V in that slot: output and sums in flight, until `await_products`.
+
+    TURNS: two warpgroups take turns at the first half of the pieces, see `consume_skip`.
+    """
     PIECE: gl.constexpr = call.COLUMNS // call.PIECES
     ASM: gl.constexpr = _product_asm(DTYPE, call.ROWS, PIECE, call.HEAD, call.COLUMNS, LOWER, PANEL_KEY)
     CONSTRAINTS: gl.constexpr = _in_place(call.ROWS, call.HEAD, call.ROWS * PIECE // 128) + ",r"
     word = shared.values_word - LOWER * (slot * (call.COLUMNS * call.HEAD // 8))
     parts = pieces(scores, PIECE)
+    if TURNS:
+        await_turn(shared.group)
     for n in gl.static_range(scores.shape[1] // PIECE):
         p = exponentials(parts[n], scale, shift)
         acc, sums = gl.inline_asm(
             ASM, CONSTRAINTS, [p, acc, sums, word - LOWER * (n * PIECE * PANEL_KEY)], (acc.type, sums.type),
             is_pure=False,
         )  # fmt: skip
+        if TURNS and n == call.PIECES // 2 - 1:
+            give_turn(1 - shared.group)
     return acc, sums
 
 

@@ -7,6 +7,7 @@ columns runs under the exponentials of the next (`hopper_product`). `hopper_plai
 overlap.
 """
 
+from hopper_common import give_turn
 from hopper_product import await_products, multiply, multiply_with_ones
 from hopper_queries import first_row, item_begun, last_scores_done, queries_again, receive_queries, ticket_of
 from hopper_rings import (
@@ -20,7 +21,7 @@ from hopper_rings import (
     value_phase,
     value_slot,
 )
-from hopper_shared import arrive_warp, await_phase, read_item, receive_item, release_item
+from hopper_shared import arrive_warp, await_phase, read_item, receive_item, release_item, uniform
 from hopper_softmax import (
     any_row_of_warp,
     count_kept,
@@ -69,21 +70,23 @@ def finish_scores(call, shared, token, tile):
 
 
 @gluon.jit
-def use_tile(call, shared, scores, scale, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE: gl.constexpr):
+def use_tile(call, shared, scores, scale, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE: gl.constexpr,
+             TURNS: gl.constexpr = False):  # fmt: skip
     """Softmax and product with V, if the tile is kept."""
     if keep > 0:
         await_phase(shared, value_full(call, tile), value_phase(call, tile))
         slot = value_slot(call, tile)
         rises = outgrows(maxima, reference)
         m, reference, sums, acc = add_tile(
-            call, shared, scores, scale, maxima, rises, m, reference, sums, acc, slot, DTYPE
+            call, shared, scores, scale, maxima, rises, m, reference, sums, acc, slot, DTYPE, TURNS
         )
         kept += 1
     return m, reference, sums, acc, kept
 
 
 @gluon.jit
-def add_tile(call, shared, scores, scale, maxima, rises, m, reference, sums, acc, slot, DTYPE: gl.constexpr):
+def add_tile(call, shared, scores, scale, maxima, rises, m, reference, sums, acc, slot, DTYPE: gl.constexpr,
+             TURNS: gl.constexpr = False):  # fmt: skip
     """Softmax and product with V, which has arrived in that slot. `rises`: `outgrows` holds, for this warp."""
     if rises > 0:
         following = raised(m, maxima)
@@ -93,7 +96,7 @@ def add_tile(call, shared, scores, scale, maxima, rises, m, reference, sums, acc
         reference = following
     shift = finite(call, reference)
     if call.ONES:
-        acc, sums = multiply_with_ones(call, shared, scores, scale, shift, slot, acc, sums, DTYPE)
+        acc, sums = multiply_with_ones(call, shared, scores, scale, shift, slot, acc, sums, TURNS, DTYPE)
     else:
         product, total = multiply(call, shared, scores, scale, shift, slot, acc, DTYPE)
     m = raised(m, maxima)  # only now: what threads exchange for it travels under the products
@@ -147,7 +150,7 @@ def end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE: gl.const
 
 @gluon.jit
 def _step(call, shared, item, queries, scores, m, reference, sums, acc, kept, base, visible, j, MASKED: gl.constexpr,
-          DTYPE: gl.constexpr):  # fmt: skip
+          TURNS: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
     """Tile j, with the scores of tile j + 1 computed meanwhile."""
     tile = at_tile(call, base + j)
     token = start_scores(call, shared, queries, next_tile(call, tile))
@@ -156,7 +159,7 @@ def _step(call, shared, item, queries, scores, m, reference, sums, acc, kept, ba
     maxima = partial_maxima(scores) * call.scale_log2
     keep = decide(call, shared, item, maxima, m, tile)
     m, reference, sums, acc, kept = use_tile(
-        call, shared, scores, call.scale_log2, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE
+        call, shared, scores, call.scale_log2, maxima, keep, m, reference, sums, acc, kept, tile, DTYPE, TURNS
     )
     following = finish_scores(call, shared, token, next_tile(call, tile))
     arrive_warp(shared, value_free(call, tile))
@@ -164,10 +167,35 @@ def _step(call, shared, item, queries, scores, m, reference, sums, acc, kept, ba
 
 
 @gluon.jit
+def _pairs(call, shared, item, queries, scores, m, reference, sums, acc, kept, base, visible, whole,
+           TURNS: gl.constexpr, DTYPE: gl.constexpr):  # fmt: skip
+    """The first tiles, all but an odd one of the `whole` that need no mask."""
+    for pair in range(whole // 2):
+        odd, m, reference, sums, acc, kept = _step(
+            call, shared, item, queries, scores, m, reference, sums, acc, kept, base, visible, 2 * pair, False, TURNS,
+            DTYPE,
+        )  # fmt: skip
+        scores, m, reference, sums, acc, kept = _step(
+            call, shared, item, queries, odd, m, reference, sums, acc, kept, base, visible, 2 * pair + 1, False, TURNS,
+            DTYPE,
+        )  # fmt: skip
+    return scores, m, reference, sums, acc, kept
+
+
+@gluon.jit
 def consume_skip(call, shared, DTYPE: gl.constexpr):
-    """One consumer warpgroup: its rows of every item."""
+    """One consumer warpgroup: its rows of every item.
+
+    Two that decide together keep the same tiles and fall into step: both take their exponentials at the same time, then
+    both wait for their products. So they take turns at the exponentials, in items behind one of which they kept all.
+    Where tiles are skipped each waits for the other's vote anyhow, and turns cost more than they bring (README.md).
+    """
     sequence = 0
     base = 0
+    in_turn = gl.to_tensor(1)
+    if call.JOINT:  # noqa: SIM102 (the compiler decides the one, the kernel the other)
+        if shared.group == 1:
+            give_turn(gl.to_tensor(0))
     while receive_item(call, shared, sequence) != 0:
         item = read_item(call, shared, sequence)
         visible, whole, m, sums, acc = begin_item(call, item, shared.group)
@@ -178,18 +206,26 @@ def consume_skip(call, shared, DTYPE: gl.constexpr):
         first = at_tile(call, base)
         scores = finish_scores(call, shared, start_scores(call, shared, queries, first), first)
         item_begun(call, shared, sequence)
-        for pair in range(whole // 2):
-            odd, m, reference, sums, acc, kept = _step(
-                call, shared, item, queries, scores, m, reference, sums, acc, kept, base, visible, 2 * pair, False,
-                DTYPE,
-            )  # fmt: skip
-            scores, m, reference, sums, acc, kept = _step(
-                call, shared, item, queries, odd, m, reference, sums, acc, kept, base, visible, 2 * pair + 1, False,
-                DTYPE,
-            )  # fmt: skip
+        if call.JOINT:
+            # the same for both, or turns would be taken by one of them alone
+            whole = uniform(gl.minimum(item.visible_columns(call, item.row0) // call.COLUMNS, item.tiles - 1))
+            if in_turn > 0:
+                scores, m, reference, sums, acc, kept = _pairs(
+                    call, shared, item, queries, scores, m, reference, sums, acc, kept, base, visible, whole, True,
+                    DTYPE,
+                )  # fmt: skip
+            else:
+                scores, m, reference, sums, acc, kept = _pairs(
+                    call, shared, item, queries, scores, m, reference, sums, acc, kept, base, visible, whole, False,
+                    DTYPE,
+                )  # fmt: skip
+        else:
+            scores, m, reference, sums, acc, kept = _pairs(
+                call, shared, item, queries, scores, m, reference, sums, acc, kept, base, visible, whole, False, DTYPE
+            )
         for j in range(whole // 2 * 2, item.tiles - 1):
             scores, m, reference, sums, acc, kept = _step(
-                call, shared, item, queries, scores, m, reference, sums, acc, kept, base, visible, j, True,
+                call, shared, item, queries, scores, m, reference, sums, acc, kept, base, visible, j, True, False,
                 DTYPE,
             )  # fmt: skip
 
@@ -198,6 +234,8 @@ def consume_skip(call, shared, DTYPE: gl.constexpr):
         reference, sums, acc, kept = use_last_tile(
             call, shared, item, visible, scores, m, reference, sums, acc, kept, last, item.tiles, DTYPE
         )
+        if call.JOINT:
+            in_turn = uniform((kept == item.tiles).to(gl.int32))
         end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE)
         base += item.tiles
         sequence += 1

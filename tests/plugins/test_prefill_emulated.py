@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from emulation import Emulation, work_items
+from emulated_assembly import MACHINE
+from emulation import Emulation, row_blocks, work_items
 from planted import THRESHOLD, WIDE_CALLS, WIDE_KERNELS, below_zero, log_sum_of_kept, planted, rising
 
 from sparse_attention import native
@@ -209,6 +210,30 @@ def test_warpgroups_that_queue_for_short_items(many_rows: Emulation, causal: boo
         out = many_rows.run(q, k, v, seed=seed, threshold=THRESHOLD, br=64, is_causal=causal)[0]
         assert many_rows.specs[many_rows.launched[0][0]].queries == "queue"
         assert (out.float() - expected).abs().max() <= TOLERANCE[q.dtype]
+
+
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("rows", [64, 192, 193, 200, 256, 257, 320, 1024, 1216])
+def test_no_warpgroup_of_three_computes_alone(many_rows: Emulation, rows: int, size: int) -> None:
+    """Where the last 192 rows would be 64 or fewer, the last two items have two blocks each; every row has one."""
+    q = torch.empty(1, 2, rows, size, dtype=torch.float16)
+    (kernel,) = many_rows.kernels_of(native.pack(q, q, q, q, threshold=THRESHOLD, br=64))
+    items = row_blocks(many_rows.specs[kernel], many_rows.scalars)
+    blocks = [[row for row in item if row < rows] for item in items]
+    assert sorted(row for item in blocks for row in item) == sorted(2 * list(range(0, rows, 64)))
+    assert rows == 64 or min(map(len, blocks)) >= 2
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_warpgroups_that_decide_together_take_turns_in_some_items(emulation: Emulation, causal: bool) -> None:
+    """In those behind an item of which all was kept, whether they skip there or not; any order gives the same bits."""
+    dense, sparse = (inputs(1, 2, 2, 300, 1100, 128, keep=keep, seed=1) for keep in (1.0, 0.3))
+    q, k, v = (torch.cat((a[:, :1], b, a[:, 1:]), 1) for a, b in zip(dense, sparse, strict=True))
+    out, counts, _ = check(emulation, q, k, v, threshold=THRESHOLD, br=128, is_causal=causal)
+    assert any(turns.generation > 2 for turns in MACHINE[0].named.values())
+    assert (counts[:, 0] > 0).tolist() == [False, True, True, False]
+    for seed in (1, 2):
+        assert torch.equal(out, emulation.run(q, k, v, seed=seed, threshold=THRESHOLD, br=128, is_causal=causal)[0])
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])
