@@ -56,9 +56,9 @@ std::int32_t causalFirstRow(Kernel const& kernel, int rows, int blocks)
         (rows + decision - 1) / decision * decision - static_cast<std::int64_t>(blocks) * kernel.rows);
 }
 
-// How far the last of a head's row blocks reaches into the one before, where three warpgroups compute full attention. A
-// block of which a single warpgroup has rows takes two thirds of the time of a whole one; two of which two have are
-// shorter than that and a whole one together.
+// Offset of the first row of a head's last row block, at most 0, where three warpgroups compute full attention: it begins
+// within the block before if it would have rows for one warpgroup only. That takes two thirds of the time of three, and
+// two blocks for two warpgroups less than one for three and one for one.
 std::int32_t fullOverlap(Kernel const& kernel, int rows, int blocks)
 {
     constexpr int kGROUP_ROWS = 64;

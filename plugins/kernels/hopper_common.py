@@ -54,12 +54,13 @@ def converged():
 
 @gluon.jit
 def await_turn(group):
-    """Waits until products of this warpgroup are issued next: for 256 threads, its own and those that give the turn."""
+    """Waits until it is this warpgroup's turn: for 256 threads, its own and those that give it."""
     gl.inline_asm("barrier.cta.sync $0, 256;", ("r",), [TURN_BARRIER + group], (), is_pure=False)
 
 
 @gluon.jit
 def give_turn(group):
+    """To that warpgroup."""
     gl.inline_asm("barrier.cta.arrive $0, 256;", ("r",), [TURN_BARRIER + group], (), is_pure=False)
 
 
@@ -101,8 +102,9 @@ class Call:
     seq_q: gl.tensor
     seq_k: gl.tensor
     row_blocks: gl.tensor
-    first_row: gl.tensor  # causal: of the first row block, at most 0, as blocks end where the sequence ends; else, with
-    # three warpgroups that skip, how far the last row block reaches into the one before: -64 where it had 64 rows alone
+    # causal: the first row of the first row block, at most 0, as blocks end where the sequence ends; else, with three
+    # warpgroups that skip, the offset of the last block's first row: -64 where it would have 64 rows or fewer, or 0
+    first_row: gl.tensor
     heads: gl.tensor  # batch * heads_q
     section: gl.tensor  # heads worked on at the same time, so that their K and V stay in L2
     last_section: gl.tensor  # first head of the last section, which has more of them, for an even end
@@ -161,7 +163,7 @@ class Item:
     q_start: gl.tensor  # key position of row 0
     kv_end: gl.tensor
     first: gl.tensor  # first tile that some row sees
-    tiles: gl.tensor  # loaded tiles, at least one: an item that sees nothing computes one masked tile and stores zeros
+    tiles: gl.tensor  # loaded tiles, at least one: an item that sees nothing loads one and stores zeros
     log2_threshold: gl.tensor
 
     @gluon.jit

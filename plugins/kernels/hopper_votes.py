@@ -39,8 +39,7 @@ def post_vote(call, shared, vote, tile):
 def joint_vote(call, shared, own, tile):
     """Joins the posted votes of two warpgroups that share a row block, so that it is kept if either wants it.
 
-    Where the own vote says keep, nothing is waited for: the warpgroups fall into step only at tiles that are about to
-    be skipped, where there is no work to stagger.
+    Where the own vote says keep, the other's is not waited for.
     """
     keep = own
     if own == 0:

@@ -176,9 +176,27 @@ def test_lengths_in_kernels_for_many_rows(many_rows: Emulation, size: int, br: i
     clean = q.clone(), k.clone(), v.clone()
     for b, (keys, rows) in enumerate(zip(lengths["kv_lengths"], lengths["q_lengths"], strict=True)):
         k[b, :, keys:], v[b, :, keys:], q[b, :, rows:] = float("nan"), float("inf"), float("nan")
-    counts = check(many_rows, q, k, v, clean=clean, threshold=THRESHOLD, br=br, is_causal=causal, **options)[1]
+    _, counts, lse = check(many_rows, q, k, v, clean=clean, threshold=THRESHOLD, br=br, is_causal=causal, **options)
     assert int(counts[:, 0].sum()) > 0
     assert "_wide_" in many_rows.launched[0][0]
+    for b, valid in enumerate(lengths["q_lengths"]):
+        assert (lse[b, :, valid:] == -math.inf).all()
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_lengths_at_the_end_that_two_items_share(many_rows: Emulation, size: int) -> None:
+    """256 rows are two items of two blocks each, in which warpgroups may have no rows, or none that exist."""
+    q_lengths = [128, 129, 192, 193]
+    q, k, v = inputs(4, 2, 1, 256, 400, size, keep=0.2)
+    clean = q.clone(), k, v
+    for b, valid in enumerate(q_lengths):
+        q[b, :, valid:] = float("nan")
+    lengths = torch.tensor(q_lengths, dtype=torch.int32)
+    counts, lse = check(many_rows, q, k, v, clean=clean, threshold=THRESHOLD, br=64, q_lengths=lengths)[1:]
+    assert int(counts[:, 0].sum()) > 0
+    assert "_wide_" in many_rows.launched[0][0]
+    for b, valid in enumerate(q_lengths):
+        assert torch.isfinite(lse[b, :, :valid]).all() and (lse[b, :, valid:] == -math.inf).all()
 
 
 @pytest.mark.parametrize(("size", "br"), WIDE_KERNELS)
@@ -215,7 +233,7 @@ def test_warpgroups_that_queue_for_short_items(many_rows: Emulation, causal: boo
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("rows", [64, 192, 193, 200, 256, 257, 320, 1024, 1216])
 def test_no_warpgroup_of_three_computes_alone(many_rows: Emulation, rows: int, size: int) -> None:
-    """Where the last 192 rows would be 64 or fewer, the last two items have two blocks each; every row has one."""
+    """Where a head's last item would have 64 rows or fewer, the last two have two blocks each; every row has one."""
     q = torch.empty(1, 2, rows, size, dtype=torch.float16)
     (kernel,) = many_rows.kernels_of(native.pack(q, q, q, q, threshold=THRESHOLD, br=64))
     items = row_blocks(many_rows.specs[kernel], many_rows.scalars)
@@ -226,14 +244,32 @@ def test_no_warpgroup_of_three_computes_alone(many_rows: Emulation, rows: int, s
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_warpgroups_that_decide_together_take_turns_in_some_items(emulation: Emulation, causal: bool) -> None:
-    """In those behind an item of which all was kept, whether they skip there or not; any order gives the same bits."""
-    dense, sparse = (inputs(1, 2, 2, 300, 1100, 128, keep=keep, seed=1) for keep in (1.0, 0.3))
+    """In the first and in those behind an item of which all was kept, at every kept tile that needs no mask but an odd
+    one. The bits are the same in any order of events."""
+    rows, columns = 300, 1100
+    dense, sparse = (inputs(1, 2, 2, rows, columns, 128, keep=keep, seed=1) for keep in (1.0, 0.3))
     q, k, v = (torch.cat((a[:, :1], b, a[:, 1:]), 1) for a, b in zip(dense, sparse, strict=True))
-    out, counts, _ = check(emulation, q, k, v, threshold=THRESHOLD, br=128, is_causal=causal)
-    assert any(turns.generation > 2 for turns in MACHINE[0].named.values())
+    options: dict[str, Any] = {"threshold": THRESHOLD, "br": 128, "is_causal": causal}
+    emulation.driver.emulated_multiprocessors(1)
+    try:
+        out, counts, _ = check(emulation, q, k, v, **options)
+    finally:
+        emulation.driver.emulated_multiprocessors(3)
     assert (counts[:, 0] > 0).tolist() == [False, True, True, False]
+    kept = attention(q, k, v, **options)[1].kept[0]
+    in_turn, turns, items = True, 0, []
+    for head, row, tiles in work_items(emulation.specs[emulation.launched[0][0]], emulation.scalars):
+        seen = row + columns - rows + 1 if causal else columns
+        unmasked = min(seen // 128, tiles - 1) // 2 * 2
+        items.append(in_turn)
+        turns += int(kept[head, row // 128, :unmasked].sum()) if in_turn else 0
+        in_turn = bool(kept[head, row // 128, :tiles].all())
+    assert any(items[1:]) and not all(items)
+    taken = {number: barrier for (_, number), barrier in MACHINE[0].named.items()}
+    assert [barrier.generation for barrier in taken.values()] == [turns, turns]
+    assert [taken[number].counted for number in sorted(taken)] == [1, 0]  # the first's next turn is given
     for seed in (1, 2):
-        assert torch.equal(out, emulation.run(q, k, v, seed=seed, threshold=THRESHOLD, br=128, is_causal=causal)[0])
+        assert torch.equal(out, emulation.run(q, k, v, seed=seed, **options)[0])
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])
