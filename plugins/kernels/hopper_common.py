@@ -147,9 +147,10 @@ def three_skip_full(call):
 
 
 @gluon.jit
-def last_item_row(call):
-    """The first row of a head's last item, in such kernels."""
-    return (call.row_blocks - 1) * (call.GROUPS * call.ROWS) + call.first_row
+def last_item_row(call, q_end):
+    """The first row of a head's last item, in such kernels. Where few rows exist, all are in the items before."""
+    last = (call.row_blocks - 1) * (call.GROUPS * call.ROWS)
+    return gl.where(q_end > last, last + call.first_row, last)
 
 
 @gluon.aggregate

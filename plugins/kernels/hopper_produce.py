@@ -71,11 +71,6 @@ def unpack_item(call, index):
         block = index % call.row_blocks
     batch = head // call.heads_q
     ROWS: gl.constexpr = call.GROUPS * call.ROWS
-    row0 = block * ROWS
-    if call.CAUSAL:
-        row0 += call.first_row
-    elif three_skip_full(call):
-        row0 = gl.minimum(row0, last_item_row(call))
     kv_end = call.seq_k
     q_end = call.seq_q
     q_start = call.seq_k - call.seq_q
@@ -85,6 +80,11 @@ def unpack_item(call, index):
         q_end = gl.minimum(gl.load(call.q_lengths + batch), q_end)
     if call.has(HAS_Q_START):
         q_start = gl.load(call.q_start + batch)
+    row0 = block * ROWS
+    if call.CAUSAL:
+        row0 += call.first_row
+    elif three_skip_full(call):
+        row0 = gl.minimum(row0, last_item_row(call, q_end))
     threshold = log2_threshold(call, batch, kv_end)
     none = gl.to_tensor(0)
     item = Item(batch, head % call.heads_q, row0, q_end, q_start, kv_end, none, none, threshold)

@@ -62,7 +62,7 @@ def first_row(call, item, ticket):
         return item.row0 + (call.GROUPS - 1 - ticket) * call.ROWS
     elif three_skip_full(call):
         first = item.row0 + ticket * call.ROWS
-        last = last_item_row(call)
+        last = last_item_row(call, item.q_end)
         return gl.where((item.row0 < last) & (first >= last), call.seq_q, first)
     else:
         return item.row0 + ticket * call.ROWS

@@ -241,19 +241,24 @@ def work_items(spec: Any, scalars: dict[str, torch.Tensor]) -> list[tuple[int, i
     return [(int(head), int(row), int(tiles)) for head, row, tiles in zip(*parts, strict=True)]
 
 
-def row_blocks(spec: Any, scalars: dict[str, torch.Tensor]) -> list[list[int]]:
-    """The first rows of the warpgroups' blocks, for each work item; those at the sequence's end or beyond are empty."""
-    call, item = _items(spec, scalars)
+def row_blocks(spec: Any, scalars: dict[str, torch.Tensor], q_length: int | None = None) -> list[list[int]]:
+    """The first rows of the warpgroups' blocks, for each work item; those at the sequence's end or beyond are empty.
+
+    `q_length`: of every batch entry, where they are given.
+    """
+    call, item = _items(spec, scalars, q_length)
     first_row = load_kernel_modules()["hopper_queries"].first_row
     blocks = [first_row(call, item, ticket).tolist() for ticket in range(spec.groups)]
     return [list(block) for block in zip(*blocks, strict=True)]
 
 
-def _items(spec: Any, scalars: dict[str, torch.Tensor]) -> tuple[SimpleNamespace, Any]:
+def _items(spec: Any, scalars: dict[str, torch.Tensor], q_length: int | None = None) -> tuple[SimpleNamespace, Any]:
     """The call, and all its work items at once."""
+    lengths = load_kernel_modules()["hopper_common"].HAS_Q_LENGTHS
     call = SimpleNamespace(
         **scalars, CAUSAL=spec.causal, GENERAL=False, GROUPS=spec.groups, ROWS=spec.group_rows, COLUMNS=spec.columns,
-        ONES=spec.ones, QUERIES=spec.queries, has=lambda bit: False,
+        ONES=spec.ones, QUERIES=spec.queries, has=lambda bit: bit == lengths and q_length is not None,
+        q_lengths=Pointer(torch.tensor([q_length or 0] * int(scalars["heads"]))),
     )  # fmt: skip
     call_on(lambda: 0, lambda: 1)
     index = torch.arange(int(scalars["heads"] * scalars["row_blocks"]))

@@ -242,10 +242,26 @@ def test_no_warpgroup_of_three_computes_alone(many_rows: Emulation, rows: int, s
     assert rows == 64 or min(map(len, blocks)) >= 2
 
 
+@pytest.mark.parametrize("size", [64, 128])
+def test_lengths_do_not_divide_items(many_rows: Emulation, size: int) -> None:
+    """Where `q_lengths` end an entry before the items that overlap, its rows fill as few items as they can."""
+    rows = 1024
+    q = torch.empty(1, 2, rows, size, dtype=torch.float16)
+    (kernel,) = many_rows.kernels_of(native.pack(q, q, q, q, threshold=THRESHOLD, br=64))
+    for length in (0, 1, 64, 200, 832, 896, 897, 960, 961, 1024):
+        items = row_blocks(many_rows.specs[kernel], many_rows.scalars, length)
+        assert sorted(row for item in items for row in item if row < rows) == sorted(2 * list(range(0, rows, 64)))
+        blocks = [sum(row < length for row in item) for item in items]
+        assert sum(map(bool, blocks)) == 2 * math.ceil(length / 192)
+        assert length <= 960 or min(blocks) == 2
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_warpgroups_that_decide_together_take_turns_in_some_items(emulation: Emulation, causal: bool) -> None:
-    """In the first and in those behind an item of which all was kept, at every kept tile that needs no mask but an odd
-    one. The bits are the same in any order of events."""
+    """At every kept tile that needs no mask but an odd one, in the first item and behind one that kept all of those.
+
+    The bits are the same in any order of events.
+    """
     rows, columns = 300, 1100
     dense, sparse = (inputs(1, 2, 2, rows, columns, 128, keep=keep, seed=1) for keep in (1.0, 0.3))
     q, k, v = (torch.cat((a[:, :1], b, a[:, 1:]), 1) for a, b in zip(dense, sparse, strict=True))
@@ -263,13 +279,27 @@ def test_warpgroups_that_decide_together_take_turns_in_some_items(emulation: Emu
         unmasked = min(seen // 128, tiles - 1) // 2 * 2
         items.append(in_turn)
         turns += int(kept[head, row // 128, :unmasked].sum()) if in_turn else 0
-        in_turn = bool(kept[head, row // 128, :tiles].all())
+        in_turn = bool(kept[head, row // 128, :unmasked].all())
     assert any(items[1:]) and not all(items)
     taken = {number: barrier for (_, number), barrier in MACHINE[0].named.items()}
     assert [barrier.generation for barrier in taken.values()] == [turns, turns]
     assert [taken[number].counted for number in sorted(taken)] == [1, 0]  # the first's next turn is given
     for seed in (1, 2):
         assert torch.equal(out, emulation.run(q, k, v, seed=seed, **options)[0])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_warpgroups_of_128_rows_take_turns_at_every_tile(many_rows: Emulation, causal: bool) -> None:
+    """Also at those that one of them skips, or does not compute as its rows see nothing of them or do not exist."""
+    q, k, v = inputs(2, 2, 1, 300, 700, 64, keep=0.4)
+    counts = check(many_rows, q, k, v, threshold=THRESHOLD, br=128, is_causal=causal)[1]
+    assert int(counts[:, 0].sum()) > 0
+    spec = many_rows.specs[many_rows.launched[0][0]]
+    assert spec.group_rows == 128
+    tiles = sum(tiles for *_, tiles in work_items(spec, many_rows.scalars))
+    for barrier in (12, 13):
+        taken = [state.generation for (_, number), state in MACHINE[0].named.items() if number == barrier]
+        assert sum(taken) == tiles
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])
