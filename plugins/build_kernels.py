@@ -32,7 +32,8 @@ sys.path.insert(0, str(HERE / "kernels"))
 import decode_specifications  # noqa: E402
 import prefill_specifications  # noqa: E402
 import specifications  # noqa: E402
-from join_consumers import JoinError, join  # noqa: E402
+from fixed_roles import PtxError, fix_roles  # noqa: E402
+from join_consumers import join  # noqa: E402
 from plain_kernel import ARCHITECTURES, SHARED_BYTES, PlainKernel  # noqa: E402
 from specifications import Specialisation  # noqa: E402
 
@@ -134,9 +135,7 @@ def _generate(spec: Specialisation | PlainKernel) -> tuple[Any, str]:
     knobs = triton.knobs
     with tempfile.TemporaryDirectory() as cache, knobs.cache.scope(), knobs.nvidia.scope(), knobs.runtime.scope():
         triton.knobs.cache.dir = cache  # a cached kernel would come without the log of ptxas
-        knobs.runtime.add_stages_inspection_hook = (
-            None if isinstance(spec, PlainKernel) or not spec.shares_code else _join_stage
-        )
+        knobs.runtime.add_stages_inspection_hook = None if isinstance(spec, PlainKernel) else _hopper_stages
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.knobs.compilation.disable_line_info = True
         with contextlib.redirect_stdout(log):
@@ -146,12 +145,12 @@ def _generate(spec: Specialisation | PlainKernel) -> tuple[Any, str]:
     return kernel, log.getvalue()
 
 
-def _join_stage(_: Any = None, stages: dict[str, Any] | None = None, *__: Any) -> tuple[str, str] | None:
-    """Triton's hook on its stages: `join` follows the one that makes PTX. Asked for a key to the cache, it has none."""
+def _hopper_stages(_: Any = None, stages: dict[str, Any] | None = None, *__: Any) -> tuple[str, str] | None:
+    """Triton's hook on its stages: what follows the one that makes PTX. Asked for a key to the cache, it has none."""
     if stages is None:
         return "", ""
     make = stages["ptx"]
-    stages["ptx"] = lambda source, metadata: join(make(source, metadata))
+    stages["ptx"] = lambda source, metadata: join(fix_roles(make(source, metadata)))
     return None
 
 
@@ -192,14 +191,14 @@ def compile_kernel(spec: Specialisation | PlainKernel, output: Path) -> dict[str
     """Compiles one specialisation to `output/<name>.cubin` and returns its line of the manifest.
 
     Raises:
-        BuildError: too many spilled bytes, too much shared memory, serialised tensor-core instructions, code of
-            consumers that cannot be joined, or ones in front of V.
+        BuildError: too many spilled bytes, too much shared memory, serialised tensor-core instructions, PTX that is
+            not as expected, or ones in front of V.
     """
     source, architecture = _source(spec), architecture_of(spec)
     try:
         kernel, text = _generate(source)
-    except JoinError as error:
-        raise BuildError(f"{spec.name}: the consumers' code cannot be joined: {error}") from error
+    except PtxError as error:
+        raise BuildError(f"{spec.name}: Triton's PTX is not as expected: {error}") from error
     if isinstance(spec, Specialisation) and spec.ones and not ones_lie_behind(kernel.asm["ptx"], spec.name):
         raise BuildError(f"{spec.name}: the ones do not lie behind V in shared memory")
     cubin = kernel.asm["cubin"]

@@ -3,10 +3,11 @@
 `consume_plain` is for heads of 256, whose output takes half of the registers. `consume_wide` is for calls with many
 rows, in one of two ways: three warpgroups of 64 rows, for which there are registers because none holds the next tile's
 scores; or, for decisions of 128 rows at heads of 64, two warpgroups that have all 128 rows of one, so that nobody waits
-for another's vote, and what a tile costs beside its products is paid once for twice the rows.
+for another's vote, and what a tile costs beside its products is paid once for twice the rows. Those two take turns at
+the exponentials, in every tile of an item, also one that they skip or do not compute: without, they fall into step.
 """
 
-from hopper_common import converged, end_block
+from hopper_common import await_turn, converged, end_block, give_turn
 from hopper_queries import (
     first_row,
     hold_first,
@@ -96,6 +97,7 @@ def _wide_step(call, shared, item, queries, keys, tile, m, reference, sums, acc,
     for V of this tile and K of the next one under the product with K. Whether the reference is outgrown is found out
     while the vote is counted.
     """
+    TURNS: gl.constexpr = call.ROWS == 128
     tile = Tile(base + j, tile.slot, tile.place, tile.phase)  # the loop's counter: no number to carry
     await_unless(shared, keys, key_full(call, tile), key_phase(call, tile))
     token = issue_scores(call, shared, queries, tile, COLUMNS)
@@ -114,9 +116,12 @@ def _wide_step(call, shared, item, queries, keys, tile, m, reference, sums, acc,
         await_unless(shared, values, value_full(call, tile), value_phase(call, tile))
         slot = value_slot(call, tile)  # before the branch in `add_tile`: 5 % (README.md)
         m, reference, sums, acc = add_tile(
-            call, shared, scores, call.scale_log2, maxima, rises, m, reference, sums, acc, slot, DTYPE
+            call, shared, scores, call.scale_log2, maxima, rises, m, reference, sums, acc, slot, DTYPE, TURNS
         )
         kept += 1
+    elif TURNS:
+        await_turn(shared.group)
+        give_turn(1 - shared.group)
     arrive_warp(shared, value_free(call, tile))
     return keys, next_tile(call, tile), m, reference, sums, acc, kept
 
@@ -130,6 +135,9 @@ def _pass_tiles(call, shared, item, base, first):
     for j in range(first, item.tiles):
         tile = at_tile(call, base + j)
         await_phase(shared, key_full(call, tile), key_phase(call, tile))
+        if call.ROWS == 128:
+            await_turn(shared.group)
+            give_turn(1 - shared.group)
         arrive_warp(shared, key_free(call, tile))
         if call.ON_DEMAND:
             post_vote(call, shared, 0, tile)
@@ -164,6 +172,9 @@ def consume_wide(call, shared, DTYPE: gl.constexpr):
     sequence = 0
     base = 0
     take_ticket(call, shared, sequence)
+    if call.ROWS == 128:  # noqa: SIM102 (the compiler decides the one, the kernel the other)
+        if shared.group == 1:
+            give_turn(gl.to_tensor(0))
     while receive_item(call, shared, sequence) != 0:
         item = read_item(call, shared, sequence)
         ticket = ticket_of(call, shared)

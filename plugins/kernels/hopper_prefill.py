@@ -88,7 +88,7 @@ def prefill(
     init_barriers(call, cells, "q_free", 4)
     init_barriers(call, cells, "v_raw", 1)
     init_barriers(call, cells, "item_full", 1)
-    init_barriers(call, cells, "item_free", WARPS + 1)
+    init_barriers(call, cells, "item_free", 32 * (WARPS + 1))
     issue_tickets(call, cells)
     fence_async_shared()
     if GROUPS == 2:

@@ -104,12 +104,14 @@ def _in_place(rows, head, inputs):
 def multiply_with_ones(call, shared, scores, scale, shift, slot, acc, sums, TURNS: gl.constexpr, DTYPE: gl.constexpr):
     """Issues the products of a tile with V in that slot: output and sums in flight, until `await_products`.
 
-    TURNS: two warpgroups take turns at the first half of the pieces, see `consume_skip`.
+    TURNS: two warpgroups take turns at the first pieces, see `consume_skip`: half of them or, where each has 128 rows,
+    three quarters, as measured (README.md).
     """
     PIECE: gl.constexpr = call.COLUMNS // call.PIECES
     ASM: gl.constexpr = _product_asm(DTYPE, call.ROWS, PIECE, call.HEAD, call.COLUMNS, LOWER, PANEL_KEY)
     CONSTRAINTS: gl.constexpr = _in_place(call.ROWS, call.HEAD, call.ROWS * PIECE // 128) + ",r"
     word = shared.values_word - LOWER * (slot * (call.COLUMNS * call.HEAD // 8))
+    IN_TURN: gl.constexpr = call.PIECES * 3 // 4 if call.ROWS == 128 else call.PIECES // 2
     parts = pieces(scores, PIECE)
     if TURNS:
         await_turn(shared.group)
@@ -119,7 +121,7 @@ def multiply_with_ones(call, shared, scores, scale, shift, slot, acc, sums, TURN
             ASM, CONSTRAINTS, [p, acc, sums, word - LOWER * (n * PIECE * PANEL_KEY)], (acc.type, sums.type),
             is_pure=False,
         )  # fmt: skip
-        if TURNS and n == call.PIECES // 2 - 1:
+        if TURNS and n == IN_TURN - 1:
             give_turn(1 - shared.group)
     return acc, sums
 

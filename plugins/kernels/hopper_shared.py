@@ -34,7 +34,8 @@ def _cells(groups, queries, key_stages, alternate, joint, drift):
     return {
         "k_full": keys, "k_free": keys, "v_full": drift, "v_free": drift, "voted": voted, "votes": drift * groups,
         "q_full": places, "q_free": places,
-        "tickets": 1 + groups,  # how many were taken, and received Q by; then the one of each warpgroup
+        # how many were taken, and received Q by; then the one of each warpgroup
+        "tickets": 1 + groups if queries == "queue" else 0,
         "v_raw": 1,  # V with keys beyond kv_lengths, which its producer is going to zero
         "item_full": 2, "item_free": 2, "item": 2 * 8,
     }  # fmt: skip
@@ -131,6 +132,12 @@ def arrive_warp(shared, cell):
         " bar.warp.sync 0xffffffff; @first mbarrier.arrive.shared::cta.b64 _, [$0]; }",
         ("r",), [shared.at(cell)], (), is_pure=False,
     )  # fmt: skip
+
+
+@gluon.jit
+def arrive_lanes(shared, cell):
+    """One arrival per lane, each for what it has read itself: racecheck does not follow the chain of `arrive_warp`."""
+    gl.inline_asm("mbarrier.arrive.shared::cta.b64 _, [$0];", ("r",), [shared.at(cell)], (), is_pure=False)
 
 
 @gluon.jit
@@ -231,4 +238,4 @@ def read_item(call, shared, sequence):
 
 @gluon.jit
 def release_item(call, shared, sequence):
-    arrive_warp(shared, cell(call, "item_free", ring_slot(sequence, 2)))
+    arrive_lanes(shared, cell(call, "item_free", ring_slot(sequence, 2)))

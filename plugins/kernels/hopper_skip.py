@@ -187,9 +187,9 @@ def consume_skip(call, shared, DTYPE: gl.constexpr):
     """One consumer warpgroup: its rows of every item.
 
     Two that decide together keep the same tiles and fall into step: both take their exponentials at the same time, then
-    both wait for their products. So they take turns at the exponentials, in items behind one of which they kept all and
-    in a CTA's first. Where tiles are skipped each waits for the other's vote anyhow, and turns cost more than they
-    bring (README.md).
+    both wait for their products. So they take turns at the exponentials, in a CTA's first item and behind one of which
+    they kept all tiles that need no mask. Where tiles are skipped each waits for the other's vote anyhow, and turns
+    cost more than they bring (README.md).
     """
     sequence = 0
     base = 0
@@ -220,6 +220,7 @@ def consume_skip(call, shared, DTYPE: gl.constexpr):
                     call, shared, item, queries, scores, m, reference, sums, acc, kept, base, visible, whole, False,
                     DTYPE,
                 )  # fmt: skip
+            in_turn = uniform((kept == whole // 2 * 2).to(gl.int32))
         else:
             scores, m, reference, sums, acc, kept = _pairs(
                 call, shared, item, queries, scores, m, reference, sums, acc, kept, base, visible, whole, False, DTYPE
@@ -235,8 +236,6 @@ def consume_skip(call, shared, DTYPE: gl.constexpr):
         reference, sums, acc, kept = use_last_tile(
             call, shared, item, visible, scores, m, reference, sums, acc, kept, last, item.tiles, DTYPE
         )
-        if call.JOINT:
-            in_turn = uniform((kept == item.tiles).to(gl.int32))
         end_item(call, shared, sequence, reference, sums, acc, kept, DTYPE)
         base += item.tiles
         sequence += 1

@@ -5,13 +5,13 @@ fetch two or three copies of the same instructions, which costs up to a fifth of
 all of its code every few thousand cycles (README.md). `join` works on the PTX, between Triton and ptxas.
 
 In it the first four warps of a CTA run the "default" role after they have initialised shared memory; the others, the
-workers, wait for the number of their role and branch to it. Of the consumers' code that of the first worker stays, and
-the default role and the other workers enter there, too. To that code every thread looks like the one with its place in
-the first worker: what it takes from outside is computed again from that one's number. What really depends on the
-warpgroup it asks of the hardware, of which Triton sees nothing (`open_shared`). And where Triton synchronises the
-threads of a role, each warpgroup needs a barrier of its own.
+workers, branch to theirs. Of the consumers' code that of the first worker stays, and the default role and the other
+workers enter there, too. To that code every thread looks like the one with its place in the first worker: what it takes
+from outside is computed again from that one's number. What really depends on the warpgroup it asks of the hardware, of
+which Triton sees nothing (`open_shared`). And where Triton synchronises the threads of a role, each warpgroup needs a
+barrier of its own.
 
-Whatever does not look as expected is a `JoinError`: better no kernel than a wrong one.
+Whatever does not look as expected is a `PtxError`: better no kernel than a wrong one.
 """
 
 from __future__ import annotations
@@ -19,16 +19,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from fixed_roles import LABEL, SYNCHRONISE, PtxError
+
 FIRST_BARRIER = 4  # of a warpgroup each; below are Triton's, above those of the votes and turns
 LAST_BARRIER = 7
 REGISTER = re.compile(r"%(?:rs|rd|r|p)\d+\b")
 TYPES = {"p": "pred", "rs": "b16", "r": "b32", "rd": "b64"}  # of registers, by their names
-LABEL = re.compile(r"^(\$\w+):", re.MULTILINE)
-SYNCHRONISE = "barrier.sync \t1;\n"  # all warps of the CTA
-
-
-class JoinError(RuntimeError):
-    """PTX of another form than that of Triton 3.9.0."""
+LEAVE = f"\tcp.async.bulk.wait_group.read \t0;\n\t{SYNCHRONISE}\tret;\n"  # its output has left shared memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +33,13 @@ class _Roles:
     before: str  # what workers have run when they come to a role, in so far as it computes something
     consumers: list[str]  # labels of the workers that consume
     body: str  # the code of the first of them, from its label on
-    leave: str  # label where workers go on after it
-    left: str  # and what they do there, until they wait for their next role
-    default_left: str  # what the default role does instead
 
 
 def join(ptx: str) -> str:
     """PTX in which all consumer warpgroups run the code of the first worker.
 
     Raises:
-        JoinError: it does not look as expected.
+        PtxError: it does not look as expected.
     """
     roles = _find_roles(ptx)
     ptx = _replace(ptx, roles.body, _joined_body(roles))
@@ -53,7 +47,7 @@ def join(ptx: str) -> str:
         ptx = _replace(ptx, f"\t\t{label},\n", f"\t\t{roles.consumers[0]},\n")
     ptx = _enter_by_default(ptx, _only(r"setmaxnreg\.inc\.sync\.aligned\.u32 \t(\d+);", roles.body))
     own = "".join(f"\t.reg .{kind} \t%own_{name}<9999>;\n" for name, kind in TYPES.items())
-    return _replace(ptx, "\t.reg .pred", f"{own}\t.reg .pred \t%first;\n\t.reg .b32 \t%barrier;\n\t.reg .pred")
+    return _replace(ptx, "\t.reg .pred", f"{own}\t.reg .b32 \t%barrier;\n\t.reg .pred")
 
 
 def _find_roles(ptx: str) -> _Roles:
@@ -64,15 +58,16 @@ def _find_roles(ptx: str) -> _Roles:
     places = {label: _find(ptx, f"\n{label}:") + 1 for label in labels}
     consumers = [label for label in labels if re.match(r"[^\n]*\n\tsetmaxnreg\.inc", ptx[places[label] :])]
     if not consumers:
-        raise JoinError("no role of the workers takes registers")
+        raise PtxError("no role of the workers takes registers")
     end = min(place for place in [*places.values(), len(ptx)] if place > places[consumers[0]])
     body = ptx[places[consumers[0]] : end]
     outside = set(re.findall(r"bra(?:\.uni)? \t(\$\w+);", body)) - set(LABEL.findall(body))
     if len(outside) != 1:
-        raise JoinError(f"a consumer goes on at {sorted(outside)}")
-    leave = outside.pop()
-    finish = ptx.rindex("setmaxnreg.inc.sync.aligned.u32")  # the default role, when all are done
-    return _Roles(before, consumers, body, leave, _block(ptx, leave), _block(ptx, LABEL.findall(ptx[:finish])[-1]))
+        raise PtxError(f"a consumer goes on at {sorted(outside)}")
+    leave = _block(ptx, outside.pop())
+    if REGISTER.search(leave) or not leave.endswith(LEAVE):
+        raise PtxError("a consumer leaves otherwise than it should")
+    return _Roles(before, consumers, body)
 
 
 def _block(ptx: str, label: str) -> str:
@@ -114,30 +109,9 @@ def _joined_body(roles: _Roles) -> str:
     ]
     body = own(roles.body)
     if re.search(rf"bar\.sync \t[{FIRST_BARRIER}-{LAST_BARRIER}],", body):
-        raise JoinError("the barriers of the warpgroups are in use")
+        raise PtxError("the barriers of the warpgroups are in use")
     body = re.sub(r"bar\.sync \t\d+, 128;", "bar.sync \t%barrier, 128;", body)
-    body = re.sub(rf"(bra(?:\.uni)? \t){re.escape(roles.leave)};", r"\1$joined_left;", body)
-    body = _replace(body, SYNCHRONISE, f"{SYNCHRONISE}$joined:\n" + "".join(f"\t{line}\n" for line in prologue))
-    return f"{body}$joined_left:\n" + "".join(f"\t{line}\n" for line in _leave(roles))
-
-
-def _leave(roles: _Roles) -> list[str]:
-    """What all consumers do in the end: the default role tells the workers to stop.
-
-    Going back to where workers wait would make a loop with two entries, of which ptxas makes bad code.
-    """
-    stop = re.findall(r"st\.shared[^;]*;", roles.default_left)
-    if not stop:
-        raise JoinError("the default role tells nobody to stop")
-    return [
-        _only(r"cp\.async\.bulk\.wait_group[^;]*;", roles.left),
-        SYNCHRONISE.strip(),
-        _only(r"setmaxnreg[^;]*;", roles.left),
-        f"setp.eq.u32 \t%first, %barrier, {FIRST_BARRIER};",
-        *(f"@%first {line}" for line in stop),
-        SYNCHRONISE.strip(),
-        "ret;",
-    ]
+    return _replace(body, SYNCHRONISE, f"{SYNCHRONISE}$joined:\n" + "".join(f"\t{line}\n" for line in prologue))
 
 
 def _taken(roles: _Roles) -> tuple[set[str], list[str]]:
@@ -148,13 +122,13 @@ def _taken(roles: _Roles) -> tuple[set[str], list[str]]:
     for line in reversed(roles.before.split("\n")):
         if targets := _written(line) & (wanted | written):
             if targets & written:
-                raise JoinError(f"a consumer goes on with {sorted(targets)}")
+                raise PtxError(f"a consumer goes on with {sorted(targets)}")
             wanted = (wanted | set(REGISTER.findall(line))) - targets
             outside |= wanted
             if "%tid.x" not in line:
                 instructions.insert(0, line.strip())
     if wanted:
-        raise JoinError(f"a consumer takes {sorted(wanted)} from another place than where all workers begin")
+        raise PtxError(f"a consumer takes {sorted(wanted)} from another place than where all workers begin")
     return outside, instructions
 
 
@@ -170,14 +144,14 @@ def _only(pattern: str, text: str) -> str:
     """The one thing that a pattern finds, however often."""
     found = set(re.findall(pattern, text))
     if len(found) != 1:
-        raise JoinError(f"found {sorted(found)} for {pattern!r}")
+        raise PtxError(f"found {sorted(found)} for {pattern!r}")
     return str(found.pop())
 
 
 def _find(text: str, what: str, start: int = 0) -> int:
     place = text.find(what, start)
     if place < 0:
-        raise JoinError(f"no {what!r}")
+        raise PtxError(f"no {what!r}")
     return place
 
 

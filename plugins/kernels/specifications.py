@@ -42,7 +42,6 @@ class Specialisation:
         spills: bytes of spilled registers that are accepted; more fails the build.
         speculative: the dense schedule takes exponentials before it checks their reference.
         on_demand: while few tiles are kept, V is loaded only once a tile is.
-        shares_code: all consumers run one copy of the code (join_consumers.py).
     """
 
     dtype: str
@@ -63,7 +62,6 @@ class Specialisation:
     spills: int
     speculative: bool
     on_demand: bool
-    shares_code: bool
 
     @property
     def rows(self) -> int:
@@ -111,7 +109,6 @@ def _specialise(dtype: str, head: int, role: str, causal: bool, joint: bool) -> 
         ones=head <= 128 and role in ("skip", "wide"), pieces=2 if head == 128 and role == "wide" else 4,
         registers=registers, spills=ACCEPTED_SPILLS[role, head],
         speculative=head <= 128, on_demand=role in ("skip", "wide") and head == 128,
-        shares_code=not (role == "wide" and joint),
     )  # fmt: skip
 
 

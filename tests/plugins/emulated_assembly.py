@@ -127,6 +127,8 @@ def inline_asm(asm: str, constraints: Any, args: list[Any], result_types: Any, i
         return args[0]
     if "bar.warp.sync" in asm:
         return _barrier(args[0]).arrive(MACHINE[0].local.warps)
+    if asm.startswith("mbarrier.arrive"):  # every lane for itself
+        return _barrier(args[0]).arrive(32 * MACHINE[0].local.warps)
     if "mbarrier.test_wait" in asm:
         return tile(int(_barrier(args[0]).done(int(args[1]))))
     if "mbarrier.try_wait" in asm:

@@ -168,6 +168,7 @@ def test_a_subset_compiles(tmp_path: Path) -> None:
             assert kernel["threads"] == 32 * kernel["warps"] and kernel["boxes"] == []
             continue
         assert kernel["threads"] == 128 * (kernel["groups"] + 1)
+        assert " LDS.U8 " not in disassemble(tmp_path / kernel["file"])  # roles do not come through shared memory
         rows, columns = [kernel["group_rows"], 64], [kernel["columns"], 64]
         assert kernel["boxes"] == [rows, columns, columns, rows]
 
