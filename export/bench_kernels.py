@@ -2,7 +2,7 @@
 
 Everything that is compared runs interleaved in the same rounds: a card under load changes its clock, so only ratios
 within a run say something. FlashAttention-3 is taken from the wheel `fa3-fwd==0.0.3` where that is installed,
-FlashAttention-2 from PyTorch where it is not.
+FlashAttention-2 from PyTorch where it is not. FlashInfer's skipping kernel takes part if its compiled module is given.
 """
 
 from __future__ import annotations
@@ -127,7 +127,34 @@ def _ours(
     return lambda: library.launch(call, torch.cuda.current_stream().cuda_stream), counts
 
 
-def _contestants(case: Case, brs: tuple[int, ...]) -> tuple[dict[str, Callable[[], object]], float]:
+def _flashinfer(module: Path, q: Tensor, k: Tensor, v: Tensor, causal: bool, threshold: float) -> Callable[[], object]:
+    """`trtllm_fmha_v2_prefill` of FlashInfer 0.7 on ragged `[B * S, H, D]`, which decides tiles of 64 x 128 as well.
+
+    Its threshold is a factor divided by the number of keys.
+    """
+    try:
+        run = importlib.import_module("tvm_ffi").load_module(str(module)).run
+    except ImportError as error:
+        raise MissingError(
+            "FlashInfer's module cannot be loaded", found="no package tvm_ffi", fix="pip install apache-tvm-ffi"
+        ) from error
+    batch, _, length, size = q.shape
+    q, k, v = (t.transpose(1, 2).contiguous().view(-1, t.shape[1], size) for t in (q, k, v))
+    out = torch.empty_like(q)
+    workspace = torch.zeros(128 << 20, dtype=torch.uint8, device="cuda")
+    starts = torch.arange(batch + 1, dtype=torch.int32, device="cuda") * length
+    lengths = torch.full((batch,), length, dtype=torch.int32, device="cuda")
+    mask = "causal" if causal else "padding"
+    arguments = (
+        q, k, v, out, workspace, workspace.numel(), None, 0, lengths, starts, starts, "separate_q_k_v", length, length,
+        batch, mask, 1.0, size**-0.5, 1.0, -1, 0, False, 0.0, threshold * length, None, None,
+    )  # fmt: skip
+    return lambda: run(*arguments)
+
+
+def _contestants(
+    case: Case, brs: tuple[int, ...], flashinfer: Path | None
+) -> tuple[dict[str, Callable[[], object]], float]:
     q, k, v = plant(case)
     runs: dict[str, Callable[[], object]] = {}
 
@@ -153,6 +180,8 @@ def _contestants(case: Case, brs: tuple[int, ...]) -> tuple[dict[str, Callable[[
         runs[f"skip {br}x{COLUMNS}"], counts = _ours(q, k, v, case.causal, THRESHOLD, br)
         total = counts.sum(0).tolist()
         skipped = total[0] / total[1]
+    if flashinfer is not None and case.size == 128:
+        runs["flashinfer"] = _flashinfer(flashinfer, q, k, v, case.causal, THRESHOLD)
     return runs, skipped
 
 
@@ -192,13 +221,21 @@ def bench_kernels(
     *,
     rounds: int = 5,
     brs: tuple[int, ...] = (64, 128),
+    flashinfer: Path | None = None,
     report: Callable[[Result], None] | None = None,
 ) -> list[Result]:
     """Times every case; `report` is called with each result as soon as it is there.
 
+    `flashinfer`: the module that FlashInfer compiles, `trtllm_fmha_v2_separate_q_k_v_bf16_bf16.so`; heads of 128 only.
+
     Raises:
-        MissingError: no GPU, or no kernel library.
+        MissingError: no GPU, no kernel library, no such module, or nothing to load it with.
     """
+    if flashinfer is not None and not flashinfer.is_file():
+        raise MissingError(
+            "FlashInfer's module is not there", where=str(flashinfer), found="no such file",
+            fix="FlashInfer leaves it in its cache when trtllm_fmha_v2_prefill is first called with SEPARATE_Q_K_V",
+        )  # fmt: skip
     if not torch.cuda.is_available():
         raise MissingError(
             "the kernels can only be timed on a GPU", found="no CUDA device",
@@ -207,7 +244,7 @@ def bench_kernels(
     native.load_library()
     results = []
     for case in default_cases() if cases is None else cases:
-        runs, skipped = _contestants(case, brs)
+        runs, skipped = _contestants(case, brs, flashinfer)
         result = Result(case, skipped, _race(runs, rounds))
         results.append(result)
         if report is not None:

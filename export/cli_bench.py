@@ -82,6 +82,10 @@ def kernels(
         str,
         typer.Option(help="With --decode: programs that share a head's keys, as 0,16,32; 0 lets the library choose."),
     ] = "0",
+    flashinfer: Annotated[
+        Path | None,
+        typer.Option(help="FlashInfer's compiled module, trtllm_fmha_v2_separate_q_k_v_bf16_bf16.so, to time as well."),
+    ] = None,
 ) -> None:
     """The compiled kernels beside FlashAttention-3 and cuDNN on this GPU."""
     console = Console(soft_wrap=True)
@@ -100,7 +104,7 @@ def kernels(
             bench_decode.write_json(decoded, output)
         return
     results = bench_kernels.bench_kernels(
-        bench_kernels.default_cases(quick), rounds=rounds,
+        bench_kernels.default_cases(quick), rounds=rounds, flashinfer=flashinfer,
         report=lambda result: console.print(bench_kernels.format_table([result]), highlight=False),
     )  # fmt: skip
     if output is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -31,6 +33,11 @@ def test_every_shape_of_the_tables_is_there() -> None:
     }
     assert any(c.uneven for c in cases) and any(c.heads != c.kv_heads for c in cases)
     assert len(default_cases(quick=True)) < len(cases) / 3
+
+
+def test_a_module_of_flashinfer_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="no such file"):
+        bench_kernels([], flashinfer=tmp_path / "module.so")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
