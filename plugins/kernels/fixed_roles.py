@@ -47,8 +47,9 @@ def fix_roles(ptx: str) -> str:
     body, ends = re.subn(rf"(?:{REGISTERS})?\tbra\.uni \t{re.escape(head)};\n", "\tret;\n", body)
     if not ends or f"{head};" in body + after:
         raise PtxError(f"workers go back to {head}")
-    # one kind of worker comes back without a branch
-    before = re.sub(rf"{REGISTERS}({re.escape(head)}:)", r"\tret;\n\1", before).replace(first[0], "", 1)
+    before, ends = re.subn(rf"{REGISTERS}({re.escape(head)}:)", r"\tret;\n\1", before.replace(first[0], "", 1))
+    if ends != 1:
+        raise PtxError(f"not one kind of worker goes on at {head} without a branch")
     body = re.sub(rf"(?:{REGISTERS})$", "", body)  # the default role wants those of all workers back
     registers = "\t.reg .pred \t%later;\n\t.reg .b32 \t%roles, %bit;\n\t.reg .pred"
     if "\t.reg .pred" not in before:

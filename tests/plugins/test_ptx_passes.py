@@ -136,6 +136,7 @@ def test_workers_know_their_roles_by_number(tmp_path: Path) -> None:
         ("st.shared.b32 \t[global_smem+64], 0;\n", "", "a role at 68"),
         ("{16843009, 33686018}", "{%r1, %r2}", "1 for 2 places"),
         ("\tsetmaxnreg.inc.sync.aligned.u32 \t80;\n\tbra.uni \t$L__BB0_2", "\t@%p1 bra \t$L__BB0_2", "go back"),
+        ("\tsetmaxnreg.dec.sync.aligned.u32 \t80;\n$L__BB0_2:", "$L__BB0_2:", "not one kind of worker"),
         (".reg .pred", ".reg .b1", "no registers"),
     ],
 )
