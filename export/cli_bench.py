@@ -90,6 +90,10 @@ def kernels(
     """The compiled kernels beside FlashAttention-3 and cuDNN on this GPU."""
     console = Console(soft_wrap=True)
     if decoding:
+        if flashinfer is not None:
+            raise typer.BadParameter(
+                "FlashInfer has no skipping kernel for decode; leave out --decode", param_hint="--flashinfer"
+            )
         try:
             numbers = tuple(int(part) for part in splits.split(","))
         except ValueError as error:

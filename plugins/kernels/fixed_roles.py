@@ -18,7 +18,7 @@ SYNCHRONISE = "barrier.sync \t1;\n"  # all warps of the CTA
 REGISTERS = r"\tsetmaxnreg\.\w+\.sync\.aligned\.u32 \t\d+;\n"
 LABEL = re.compile(r"^(\$\w+):", re.MULTILINE)
 LOAD = re.compile(
-    r"\tadd\.s32 \t(%r\d+), %r\d+, (%r\d+);\n"  # of shared memory's address and the warp's number
+    r"\tadd\.s32 \t(%r\d+), (%r\d+), (%r\d+);\n"  # of shared memory's address and the warp's number
     r"\tld\.shared\.b8 \t(%r\d+), \[\1\+(\d+)\];\n"
 )
 STORE = r"\tst\.shared(?:\.v\d)?\.b32 \t\[global_smem\+(\d+)\], \{?([\d, ]+)\}?;\n"
@@ -36,19 +36,23 @@ def fix_roles(ptx: str) -> str:
         PtxError: it does not look as expected.
     """
     (load,) = _exactly(1, LOAD, ptx, "load of a role")
-    _, warp, role, offset = load.groups()
+    _, memory, warp, role, offset = load.groups()
+    if f"\tmov.b32 \t{memory}, global_smem;\n" not in ptx or warp not in _warp_numbers(ptx):
+        raise PtxError(f"{memory} and {warp} are not shared memory's address and the warp's number")
     first, stop = _exactly(2, HAND_OUT, ptx, "places that hand out roles")
-    roles = _words(first[0], int(offset) + FIRST_WORKER)
-    if not first.start() < load.start() < stop.start():
-        raise PtxError("roles are not handed out in the beginning and in the end")
+    roles, ends = (_words(stores[0], int(offset) + FIRST_WORKER) for stores in (first, stop))
+    if not first.start() < load.start() < stop.start() or len(ends) != len(roles) or len(set(ends)) != 1:
+        raise PtxError("roles are not handed out in the beginning, or not taken back in the end")
+    if f".reqntid {32 * (FIRST_WORKER + 4 * len(roles))}\n" not in ptx:
+        raise PtxError(f"{4 * len(roles)} roles are not one for every worker")
     head = LABEL.findall(ptx[: load.start()])[-1]
     before, body = ptx[: load.start()], ptx[load.end() : stop.start()]
     after = ptx[stop.end() :].removeprefix(f"\t{SYNCHRONISE}")  # nobody waits there any more
-    body, ends = re.subn(rf"(?:{REGISTERS})?\tbra\.uni \t{re.escape(head)};\n", "\tret;\n", body)
-    if not ends or f"{head};" in body + after:
+    body, back = re.subn(rf"(?:{REGISTERS})?\tbra\.uni \t{re.escape(head)};\n", "\tret;\n", body)
+    if not back or f"{head};" in body + after or before.count(f"{head};") > 1:  # in the beginning all come there
         raise PtxError(f"workers go back to {head}")
-    before, ends = re.subn(rf"{REGISTERS}({re.escape(head)}:)", r"\tret;\n\1", before.replace(first[0], "", 1))
-    if ends != 1:
+    before, through = re.subn(rf"{REGISTERS}({re.escape(head)}:)", r"\tret;\n\1", before.replace(first[0], "", 1))
+    if through != 1:
         raise PtxError(f"not one kind of worker goes on at {head} without a branch")
     body = re.sub(rf"(?:{REGISTERS})$", "", body)  # the default role wants those of all workers back
     registers = "\t.reg .pred \t%later;\n\t.reg .b32 \t%roles, %bit;\n\t.reg .pred"
@@ -65,6 +69,13 @@ def _find(role: str, warp: str, roles: list[int]) -> str:
                   f"selp.b32 \t%roles, {word}, %roles, %later;"]  # fmt: skip
     lines += [f"and.b32 \t%bit, {warp}, 3;", "shl.b32 \t%bit, %bit, 3;", f"bfe.u32 \t{role}, %roles, %bit, 8;"]
     return "".join(f"\t{line}\n" for line in lines)
+
+
+def _warp_numbers(ptx: str) -> set[str]:
+    """Registers that hold a warp's number, as a thread computes it or its warp's first lane does."""
+    own = set(re.findall(r"\tshr\.u32 \t(%r\d+), %r\d+, 5;", ptx))
+    lanes = re.findall(r"\tshfl\.sync\.idx\.b32 \t(%r\d+), (%r\d+), 0, 31, -1;", ptx)
+    return own | {target for target, source in lanes if source in own}
 
 
 def _words(stores: str, start: int) -> list[int]:

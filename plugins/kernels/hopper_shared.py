@@ -1,6 +1,7 @@
 """Shared memory: buffers of Q, K and V, and cells of eight bytes, each an mbarrier or a word.
 
-`*_full` barriers: filled by the copy engine. `*_free`: no longer read; every consumer warp arrives for itself.
+`*_full` barriers: filled by the copy engine. `*_free`: no longer read; every consumer warp arrives for itself,
+for `item_free` every lane, also of the producer of V.
 
 All cells lie in one array, and inline assembly takes an address as a number: that of the array, known to each role,
 and eight times the cell. So one register serves all barriers of a tile, and the rest stands in the instructions. What

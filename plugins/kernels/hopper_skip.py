@@ -187,9 +187,9 @@ def consume_skip(call, shared, DTYPE: gl.constexpr):
     """One consumer warpgroup: its rows of every item.
 
     Two that decide together keep the same tiles and fall into step: both take their exponentials at the same time, then
-    both wait for their products. So they take turns at the exponentials, in a CTA's first item and behind one of which
-    they kept all tiles that need no mask. Where tiles are skipped each waits for the other's vote anyhow, and turns
-    cost more than they bring (README.md).
+    both wait for their products. So they take turns at the exponentials, in a CTA's first item and behind one in which
+    they kept all pairs of tiles that need no mask, or had none. Where tiles are skipped each waits for the other's vote
+    anyhow, and turns cost more than they bring (README.md).
     """
     sequence = 0
     base = 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 DTYPES = ("fp16", "bf16")
 HEADS = (64, 128, 256)
 ACCEPTED_SPILLS = {
-    ("dense", 64): 32, ("skip", 64): 0, ("wide", 64): 32, ("general", 64): 1024,
+    ("dense", 64): 32, ("skip", 64): 0, ("wide", 64): 8, ("general", 64): 1024,
     ("dense", 128): 0, ("skip", 128): 0, ("wide", 128): 8, ("general", 128): 1472,
     ("dense", 256): 0, ("skip", 256): 32, ("general", 256): 3200,
 }  # fmt: skip

@@ -101,6 +101,7 @@ USAGE = {
     "no_tokens": (["export", "llama", *OUT, "--tokens", "0"], "--tokens"),
     "old_opset": (["export", "llama", *OUT, "--opset", "17"], "--opset"),
     "nothing_to_check_against": (["check", "exists.onnx"], "--against"),
+    "no_peer_for_decode": (["bench", "kernels", "--decode", "--flashinfer", "module.so"], "--flashinfer"),
 }
 
 
