@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sparse_attention import native
-from sparse_attention.errors import MissingError
+from sparse_attention.errors import MissingError, UsageError
 
 __all__ = ["Case", "Result", "bench_kernels", "default_cases", "format_table", "host_overhead", "write_json"]
 
@@ -138,6 +138,11 @@ def _flashinfer(module: Path, q: Tensor, k: Tensor, v: Tensor, causal: bool, thr
         raise MissingError(
             "FlashInfer's module cannot be loaded", found="no package tvm_ffi", fix="pip install apache-tvm-ffi"
         ) from error
+    except (RuntimeError, AttributeError) as error:
+        raise UsageError(
+            "that is no module of FlashInfer's attention", where=str(module), found=str(error),
+            fix="give trtllm_fmha_v2_separate_q_k_v_bf16_bf16.so, as FlashInfer compiled it",
+        ) from error  # fmt: skip
     batch, _, length, size = q.shape
     q, k, v = (t.transpose(1, 2).contiguous().view(-1, t.shape[1], size) for t in (q, k, v))
     out = torch.empty_like(q)
@@ -230,6 +235,7 @@ def bench_kernels(
 
     Raises:
         MissingError: no GPU, no kernel library, no such module, or nothing to load it with.
+        UsageError: the module is another one.
     """
     if flashinfer is not None and not flashinfer.is_file():
         raise MissingError(

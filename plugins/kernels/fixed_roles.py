@@ -49,7 +49,7 @@ def fix_roles(ptx: str) -> str:
     before, body = ptx[: load.start()], ptx[load.end() : stop.start()]
     after = ptx[stop.end() :].removeprefix(f"\t{SYNCHRONISE}")  # nobody waits there any more
     body, back = re.subn(rf"(?:{REGISTERS})?\tbra\.uni \t{re.escape(head)};\n", "\tret;\n", body)
-    if not back or f"{head};" in body + after or before.count(f"{head};") > 1:  # in the beginning all come there
+    if not back or f"{head};" in body + after or before.count(f"{head};") != 1:  # in the beginning all come there
         raise PtxError(f"workers go back to {head}")
     before, through = re.subn(rf"{REGISTERS}({re.escape(head)}:)", r"\tret;\n\1", before.replace(first[0], "", 1))
     if through != 1:
@@ -73,7 +73,8 @@ def _find(role: str, warp: str, roles: list[int]) -> str:
 
 def _warp_numbers(ptx: str) -> set[str]:
     """Registers that hold a warp's number, as a thread computes it or its warp's first lane does."""
-    own = set(re.findall(r"\tshr\.u32 \t(%r\d+), %r\d+, 5;", ptx))
+    threads = set(re.findall(r"\tmov\.u32 \t(%r\d+), %tid\.x;", ptx))
+    own = {warp for warp, thread in re.findall(r"\tshr\.u32 \t(%r\d+), (%r\d+), 5;", ptx) if thread in threads}
     lanes = re.findall(r"\tshfl\.sync\.idx\.b32 \t(%r\d+), (%r\d+), 0, 31, -1;", ptx)
     return own | {target for target, source in lanes if source in own}
 

@@ -104,6 +104,7 @@ class Call:
     row_blocks: gl.tensor
     # causal: the first row of the first row block, at most 0, as blocks end where the sequence ends; else, with three
     # warpgroups that skip, the offset of the last block's first row: -64 where it would have 64 rows or fewer, or 0
+    # (`last_item_row`)
     first_row: gl.tensor
     heads: gl.tensor  # batch * heads_q
     section: gl.tensor  # heads worked on at the same time, so that their K and V stay in L2

@@ -114,7 +114,7 @@ def open_shared(q, k, v, cells, values_word):
 
     Each calls it for itself: an address that is handed over to a role comes through memory, and the compiler no longer
     knows that it is the same for all threads. The number of the warpgroup must come from the hardware: the consumers
-    may run one copy of the code (join_consumers.py).
+    run one copy of the code (join_consumers.py).
     """
     base = gl.inline_asm("mov.b32 $0, $1;", ("=r", "r"), [cells], gl.int32, is_pure=False)
     group = gl.inline_asm(

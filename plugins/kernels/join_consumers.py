@@ -111,7 +111,8 @@ def _joined_body(roles: _Roles) -> str:
     if re.search(rf"bar\.sync \t[{FIRST_BARRIER}-{LAST_BARRIER}],", body):
         raise PtxError("the barriers of the warpgroups are in use")
     body = re.sub(r"bar\.sync \t\d+, 128;", "bar.sync \t%barrier, 128;", body)
-    if others := set(re.findall(r"\t(bar(?:rier)?(?:\.\w+)+ \t\d+[^;]*;)\n", body)) - {SYNCHRONISE.strip()}:
+    barriers = set(re.findall(r"\t(?:@!?%p\d+ )?(bar(?:rier)?(?:\.\w+)+ \t\d+[^;]*;)\n", body))
+    if others := barriers - {SYNCHRONISE.strip()}:
         raise PtxError(f"consumers share {sorted(others)}")
     return _replace(body, SYNCHRONISE, f"{SYNCHRONISE}$joined:\n" + "".join(f"\t{line}\n" for line in prologue))
 

@@ -36,6 +36,8 @@ for size, br in WIDE_KERNELS:
         call((4, 32, 4, 129, 400, size), br=br, threshold=THRESHOLD, is_causal=causal)
         lengths = numbers(400, 200, 0, 1)
         call((4, 32, 4, 129, 400, size), br=br, threshold=THRESHOLD, is_causal=causal, kv_lengths=lengths)
+        rows = numbers(1024, 961, 960, 200)
+        call((4, 32, 4, 1024, 200, size), br=br, threshold=THRESHOLD, is_causal=causal, q_lengths=rows)
         call((12, 32, 4, 129, 100, size), br=br, threshold=THRESHOLD, is_causal=causal)  # items of one tile, in a row
 for causal in CAUSAL:
     scale = numbers(1.0, dtype=torch.float32)  # both kernels are enqueued

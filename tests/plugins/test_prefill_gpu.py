@@ -96,6 +96,25 @@ def test_calls_with_many_rows(dtype: torch.dtype, causal: bool, lengths: bool, s
 
 
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("size", "br"), WIDE_KERNELS)
+def test_lengths_in_calls_with_many_rows(causal: bool, size: int, br: int) -> None:
+    """1024 rows are items that overlap, but where `q_lengths` end an entry before."""
+    q, k, v = planted(4, 32, 4, 1024, 400, size)
+    q_lengths = torch.tensor([1024, 961, 960, 200], dtype=torch.int32, device="cuda")
+    clean = q.clone(), k, v
+    for b, rows in enumerate(q_lengths.tolist()):
+        q[b, :, rows:] = float("nan")
+    options: dict[str, Any] = {"threshold": THRESHOLD, "br": br, "is_causal": causal, "q_lengths": q_lengths}
+    expected, tiles, bound = define(*clean, **options)
+    out, counts, lse = run(q, k, v, **options)
+    assert counts.tolist() == tiles.counts.tolist() and int(counts[:, 0].sum()) > 0
+    assert (out.float() - expected).abs().max() <= 2 * bound + 1e-5
+    for b, rows in enumerate(q_lengths.tolist()):
+        assert not out[b, :, rows:].any()
+        assert (lse[b, :, rows:] == -math.inf).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("heads", "br"), [(8, 64), (12, 64), (8, 128)])
 @pytest.mark.parametrize("keep", [0.02, 0.1])
 def test_long_runs_of_skipped_tiles(causal: bool, heads: int, br: int, keep: float) -> None:
